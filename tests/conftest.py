@@ -1,0 +1,13 @@
+"""Eight simulated devices, no silent rank promotion: what a pod does to the code, on any machine."""
+
+import os
+
+# The compiled programs of one run serve the next, and the subprocesses that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
