@@ -1,0 +1,285 @@
+"""The reverse chain: its table against Gaussian conditioning, its limits, and what its randomness depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian_chain import GaussianChain
+
+from ddpm_jax.diffusion import PREDICTIONS, GaussianDiffusion, q_sample
+from ddpm_jax.randomness import Stream, example_keys, stream_key
+from ddpm_jax.sampling import SamplerTable, ancestral_table, initial_noise, reverse_chain, spaced_timesteps
+from ddpm_jax.schedule import NoiseSchedule, beta_schedule
+
+T = 12
+SHAPE = (4, 4, 3)
+LINEAR = NoiseSchedule.from_betas(beta_schedule("linear", T, rescale=True, beta_end=0.008))
+CHAIN = GaussianChain(LINEAR.betas)
+NOISE = np.sqrt(np.diag(CHAIN.covariance))
+QUICK = {"xla_backend_optimization_level": 0}  # these chains cost nothing but their compilation
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return example_keys(stream_key(seed, Stream.SAMPLES), jnp.arange(count))
+
+
+def at(values: np.ndarray, t: jax.Array) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)[t][:, None, None, None]
+
+
+def point_denoiser(point: jax.Array, prediction: str = "eps") -> Callable:
+    """The exact denoiser of data that are one image: what a perfect network learns from it."""
+    coefficients = np.array([CHAIN.posterior(t - 1, t)[:2] for t in range(T)])
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        eps = (x - at(CHAIN.signal, t) * point) / at(NOISE, t)
+        v = at(CHAIN.signal, t) * eps - at(NOISE, t) * point
+        mu = at(coefficients[:, 0], t) * point + at(coefficients[:, 1], t) * x
+        return {"eps": eps, "x0": jnp.broadcast_to(point, x.shape), "v": v, "mu": mu}[prediction]
+
+    return denoise
+
+
+def cubic(x: jax.Array, t: jax.Array) -> jax.Array:
+    """Some denoiser that depends on x and t and treats each sample alone."""
+    return x - 0.05 * x**3 + 0.1 * jnp.sin(t.astype(jnp.float32))[:, None, None, None]
+
+
+def cubic_with_variance(raw: float) -> Callable:
+    return lambda x, t: jnp.concatenate([cubic(x, t), jnp.full(x.shape, raw)], axis=-1)
+
+
+def sample(
+    process: GaussianDiffusion, table: SamplerTable, denoise: Callable, keys: jax.Array, **options
+) -> np.ndarray:
+    """A whole chain from x_T on."""
+
+    def run(keys: jax.Array) -> jax.Array:
+        return reverse_chain(process, table, denoise, initial_noise(keys, SHAPE, T), keys, **options)
+
+    return np.asarray(jax.jit(run, compiler_options=QUICK)(keys))
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, T - 1, T])
+def test_rows_are_the_conditioned_joint_gaussian_of_the_visited_steps(steps: int) -> None:
+    """Posterior of one visited state given the next, from the covariance of the full chain: effective betas follow."""
+    kept = spaced_timesteps(T, steps)
+    variances = ("fixed_small", "fixed_large", "learned_range")
+    small, large, ranged = (ancestral_table(GaussianDiffusion(LINEAR, "eps", v), steps) for v in variances)
+    for table in (small, large, ranged):
+        np.testing.assert_array_equal(table.timesteps, kept[::-1])
+        assert table.steps == steps and table.s[-1] == 0 and not table.c.any()
+        for row in range(steps):
+            later, earlier = table.timesteps[row], table.timesteps[row + 1] if row + 1 < steps else -1
+            on_x0, on_xt, variance = CHAIN.posterior(earlier, later)
+            np.testing.assert_allclose([table.a[row], table.b[row]], [on_x0, on_xt], rtol=1e-9, atol=1e-13)
+            # x_later is sqrt(1 - beta) x_earlier + sqrt(beta) z for the beta of this stride
+            before = CHAIN.covariance[earlier, earlier] if earlier >= 0 else 0.0
+            signal_ratio = CHAIN.signal[later] / (CHAIN.signal[earlier] if earlier >= 0 else 1.0)
+            beta = CHAIN.covariance[later, later] - signal_ratio**2 * before
+            np.testing.assert_allclose(table.log_variance_high[row], math.log(beta), rtol=1e-9)
+            if earlier >= 0:
+                np.testing.assert_allclose(small.s[row], math.sqrt(variance), rtol=1e-9)
+                np.testing.assert_allclose(large.s[row], math.sqrt(beta), rtol=1e-9)
+                np.testing.assert_allclose(table.log_variance_low[row], math.log(variance), rtol=1e-9)
+                assert ranged.s[row] == 1
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 3, 10, 37, 1000])
+def test_spaced_timesteps_never_repeat_and_include_both_ends(timesteps: int) -> None:
+    """Non-divisors of T, where other spacings lose T-1 or repeat a step."""
+    for steps in range(1, timesteps + 1, max(1, timesteps // 40)):
+        kept = spaced_timesteps(timesteps, steps)
+        assert len(kept) == steps and (np.diff(kept) > 0).all() and kept[-1] == timesteps - 1 and kept[0] >= 0
+        if steps > 1:
+            assert kept[0] == 0 and np.ptp(np.diff(kept)) <= 1
+    np.testing.assert_array_equal(spaced_timesteps(timesteps, timesteps), np.arange(timesteps))
+
+
+@pytest.mark.parametrize("steps", [-1, 13])
+def test_impossible_step_counts_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"steps={steps}: must be in 1\.\.12"):
+        ancestral_table(GaussianDiffusion(LINEAR), steps)
+
+
+def test_strided_with_all_steps_is_the_full_chain_bit_for_bit() -> None:
+    full, strided = (ancestral_table(GaussianDiffusion(LINEAR), steps) for steps in (0, T))
+    for name in ("timesteps", "a", "b", "c", "s", "log_variance_low", "log_variance_high"):
+        np.testing.assert_array_equal(getattr(full, name), getattr(strided, name))
+    process = GaussianDiffusion(LINEAR)
+    np.testing.assert_array_equal(*(sample(process, table, cubic, keys(3)) for table in (full, strided)))
+
+
+def test_network_is_told_the_original_timesteps() -> None:
+    """A respaced chain has S betas but the network was trained on 0..T-1."""
+    seen = []
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
+        return cubic(x, t)
+
+    sample(GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR), 4), denoise, keys(1))
+    jax.effects_barrier()
+    assert seen == [11, 7, 4, 0]
+
+
+# ---------------------------------------------------------------------------------------------- the chain
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_point_mass_data_are_sampled_exactly(prediction: str, steps: int) -> None:
+    """No noise is left by the last step: with an exact denoiser every sample is the one image."""
+    point = jnp.asarray(np.random.default_rng(0).uniform(-0.9, 0.9, SHAPE), jnp.float32)[None]
+    process = GaussianDiffusion(LINEAR, prediction)
+    for clip in (True, False):
+        x = sample(process, ancestral_table(process, steps), point_denoiser(point, prediction), keys(3), clip=clip)
+        np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=2e-5)
+
+
+def test_jsd_chain_samples_a_point_without_eps() -> None:
+    """alphas_cumprod ends at exactly 0: no infinity may enter."""
+    process = GaussianDiffusion(NoiseSchedule.from_betas(beta_schedule("jsd", T)), "x0", "fixed_small")
+    for steps in (0, 1, 5):
+        x = sample(process, ancestral_table(process, steps), lambda x, t: jnp.full(x.shape, 0.25), keys(2))
+        np.testing.assert_allclose(x, 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_x0_is_clipped_before_the_update(prediction: str) -> None:
+    """An adversarial network: every x0_hat is far outside, so the chain is that of a network that says the sign."""
+    process, table = GaussianDiffusion(LINEAR, prediction), ancestral_table(GaussianDiffusion(LINEAR), 0)
+    sign = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], SHAPE), jnp.float32)[None]
+    wild = sample(process, table, point_denoiser(1000 * sign, prediction), keys(3))
+    np.testing.assert_array_equal(wild, np.broadcast_to(sign, wild.shape))
+    # All but the last step, whose x_t still shows how the mean was formed.
+    head = SamplerTable(**{name: value[:-1] for name, value in vars(table).items()})
+    clipped = sample(process, head, point_denoiser(1000 * sign, prediction), keys(3))
+    honest = sample(process, head, point_denoiser(sign, prediction), keys(3))
+    np.testing.assert_allclose(clipped, honest, atol=1e-4)
+    free = sample(process, head, point_denoiser(1000 * sign, prediction), keys(3), clip=False)
+    assert np.abs(free).min() > 100
+
+
+def test_eps_hat_is_derived_again_from_the_clipped_x0() -> None:
+    """With c in the table, a + c lands on x_{t-1} along eq. 4 of the clipped x0, not of what the network said."""
+    process = GaussianDiffusion(LINEAR)
+    t, earlier = T - 1, 3
+    row = (t, CHAIN.signal[earlier], 0.0, NOISE[earlier], 0.0, 0.0, 0.0)  # timesteps, a, b, c, s and the unused ends
+    table = SamplerTable(*(np.array([value]) for value in row))
+    x = sample(process, table, point_denoiser(jnp.full((1, *SHAPE), 5.0)), keys(2))
+    x_t = initial_noise(keys(2), SHAPE, T)
+    eps = (x_t - CHAIN.signal[t]) / NOISE[t]
+    np.testing.assert_allclose(x, CHAIN.signal[earlier] + NOISE[earlier] * eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize(("raw", "fixed"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+def test_learned_range_at_its_ends_is_the_fixed_chain(raw: float, fixed: str, steps: int) -> None:
+    """Strided too: the ends are those of the effective betas."""
+    process, ranged = GaussianDiffusion(LINEAR, "eps", fixed), GaussianDiffusion(LINEAR, "eps", "learned_range")
+    expected = sample(process, ancestral_table(process, steps), cubic, keys(3))
+    x = sample(ranged, ancestral_table(ranged, steps), cubic_with_variance(raw), keys(3))
+    np.testing.assert_allclose(x, expected, atol=2e-5)
+
+
+def test_learned_variance_is_the_log_variance_of_each_step() -> None:
+    """One step from x_t with x0_hat = x_t: what is added has the standard deviation exp(raw / 2)."""
+    process = GaussianDiffusion(LINEAR, "x0", "learned")
+    table = ancestral_table(process)
+    first = SamplerTable(**{name: value[:1] for name, value in vars(table).items()})
+
+    def step(raw: float) -> np.ndarray:
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            return jnp.concatenate([x, jnp.full(x.shape, raw)], axis=-1)
+
+        return sample(process, first, denoise, keys(3), clip=False)
+
+    mean = (table.a[0] + table.b[0]) * initial_noise(keys(3), SHAPE, T)
+    np.testing.assert_allclose(step(-1.0) - mean, math.exp(0.75) * (step(-2.5) - mean), atol=1e-5)
+    np.testing.assert_allclose((step(0.0) - mean).std(), 1, atol=4 / math.sqrt(2 * 3 * 48))
+
+
+def test_last_step_adds_no_noise() -> None:
+    for variance in ("fixed_small", "fixed_large", "learned", "learned_range"):
+        process = GaussianDiffusion(LINEAR, "x0", variance)
+        table = ancestral_table(process)
+        last = SamplerTable(**{name: value[-1:] for name, value in vars(table).items()})
+
+        def denoise(x: jax.Array, t: jax.Array, learns: bool = process.learns_variance) -> jax.Array:
+            return jnp.full((*SHAPE[:2], 6 if learns else 3), 0.5)[None].repeat(len(x), 0)
+
+        np.testing.assert_array_equal(sample(process, last, denoise, keys(2)), 0.5)
+
+
+# ---------------------------------------------------------------------------------------------- randomness
+
+
+def test_noise_is_standard_normal_and_fresh_at_every_step_and_sample() -> None:
+    """One key for every step, or for every device, is a classic."""
+    states, ones, zeros = [], np.ones(T), np.zeros(T)
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x: states.append(np.asarray(x, np.float64)), x, ordered=True)
+        return jnp.zeros_like(x)
+
+    only_noise = SamplerTable(np.arange(T)[::-1], zeros, ones, zeros, ones, zeros, zeros)  # x_prev = x + z
+    end = sample(GaussianDiffusion(LINEAR, "x0"), only_noise, denoise, keys(40))
+    jax.effects_barrier()
+    noises = np.stack([states[0], *np.diff([*states, end], axis=0)])  # x_T, then what each step added
+    assert len(noises) == T + 1
+    flat = noises.reshape(T + 1, -1)
+    limit = 4.5 / math.sqrt(flat.shape[1])
+    assert np.abs(np.corrcoef(flat) - np.eye(T + 1)).max() < limit
+    np.testing.assert_allclose(flat.mean(axis=1), 0, atol=limit)
+    np.testing.assert_allclose(flat.var(axis=1), 1, atol=math.sqrt(2) * limit)
+    by_sample = noises.swapaxes(0, 1).reshape(40, -1)
+    assert np.abs(np.corrcoef(by_sample) - np.eye(40)).max() < 5 / math.sqrt(by_sample.shape[1])
+
+
+def test_a_sample_depends_on_its_key_alone_whatever_the_batch() -> None:
+    process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
+    whole = sample(process, table, cubic, keys(6))
+    order = np.array([4, 1, 5])
+    np.testing.assert_allclose(sample(process, table, cubic, keys(6)[order]), whole[order], atol=1e-6)
+    np.testing.assert_allclose(sample(process, table, cubic, keys(6)[2:3]), whole[2:3], atol=1e-6)
+    np.testing.assert_array_equal(sample(process, table, cubic, keys(6)), whole)
+    assert np.abs(sample(process, table, cubic, keys(6, seed=1)) - whole).mean() > 0.1
+
+
+def test_eight_devices_sample_what_one_does() -> None:
+    process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
+    assert jax.local_device_count() == 8
+
+    def run(keys: jax.Array) -> jax.Array:
+        return reverse_chain(process, table, cubic, initial_noise(keys, SHAPE, T), keys)
+
+    mapped = jax.pmap(run)(keys(16).reshape(8, 2))
+    np.testing.assert_allclose(mapped.reshape(16, *SHAPE), sample(process, table, cubic, keys(16)), atol=1e-6)
+
+
+def test_chain_may_start_in_the_middle() -> None:
+    """An interpolation starts at q(x_t | x0) and runs the rows from t on, t included: one off would leave noise."""
+    process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
+    point = jnp.full((2, *SHAPE), 0.3)
+    x = q_sample(LINEAR, point, jnp.full(2, 5), initial_noise(keys(2), SHAPE, T))
+    rest = SamplerTable(**{name: value[T - 6 :] for name, value in vars(table).items()})
+    assert rest.timesteps[0] == 5
+    np.testing.assert_allclose(reverse_chain(process, rest, point_denoiser(point[:1]), x, keys(2)), 0.3, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [12, 450])
+def test_progress_is_reported_about_a_hundred_times_and_at_the_end(steps: int) -> None:
+    process = GaussianDiffusion(NoiseSchedule.from_betas(beta_schedule("linear", steps)))
+    finished = []
+    sample(process, ancestral_table(process), cubic, keys(1), on_row=lambda row: finished.append(int(row)))
+    jax.effects_barrier()
+    assert max(finished) == steps and len(set(finished)) == len(finished) and 12 <= len(finished) <= 120
