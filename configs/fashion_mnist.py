@@ -1,0 +1,36 @@
+"""Fashion-MNIST at 32x32, a small network: a set that is neither toy nor hours away.
+
+Command:   python scripts/prepare_data.py --dataset=fashion_mnist --data_dir=data
+           python scripts/train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+Hardware:  two CPU cores, about half an hour; seconds to minutes on a GPU
+Expect:    shirts, shoes and bags one can name; the figures measured are in the README
+Source:    no paper; the paper's network in small, its 28x28 images padded to 32x32
+"""
+
+from ddpm_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig, UNetConfig
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(name="fashion_mnist", image_size=32, channels=1, flip=True, padding=2),
+        model=UNetConfig(
+            base_channels=32,
+            channel_mult=(1, 2, 4),
+            blocks_per_level=1,
+            attention_resolutions=(8,),
+            group_norm_groups=16,
+            dropout=0.0,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
+        train=TrainConfig(
+            steps=2000,
+            batch_size=32,
+            ema_decays=(0.998,),
+            ema_warmup=True,
+            log_every=50,
+            eval_every=500,
+            eval_images=512,
+            checkpoint_every=500,
+            sample_every=0,
+        ),
+    )

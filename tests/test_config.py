@@ -1,0 +1,155 @@
+"""Configs: typed, checked, and clear about what they refuse."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from ddpm_jax import config as c
+from ddpm_jax.build import abstract_params, build_process
+from ddpm_jax.config import Config, ConfigError, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@functools.cache
+def parameter_count(path: Path) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(load_config(path))))
+
+
+def overridden(*items: str) -> Config:
+    config = Config()
+    for item in items:
+        c.override(config, item)
+    return c.validate(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_loads_and_its_network_can_be_built(path):
+    config = load_config(path)
+    build_process(config)
+    assert parameter_count(path) > 1_000_000
+    header = path.read_text().split('"""')[1]
+    for part in ("Command:", "Hardware:", "Expect:", "Source:", f"configs/{path.name}"):
+        assert part in header
+
+
+@pytest.mark.parametrize(
+    "name, parameters, rate, batch, steps, variance, dropout",
+    [
+        ("cifar10", 35_746_307, 2e-4, 128, 800_000, "fixed_large", 0.1),
+        ("celeba64", 78_700_803, 2e-4, 128, 500_000, "fixed_large", 0.1),
+        ("celebahq256", 113_673_219, 2e-5, 64, 500_000, "fixed_small", 0.0),
+        ("lsun_bedroom", 113_673_219, 2e-5, 64, 2_400_000, "fixed_small", 0.0),
+        ("lsun_church", 113_673_219, 2e-5, 64, 1_200_000, "fixed_small", 0.0),
+        ("lsun_cat", 113_673_219, 2e-5, 64, 1_800_000, "fixed_small", 0.0),
+    ],
+)
+def test_recipes_are_the_papers(name, parameters, rate, batch, steps, variance, dropout):
+    path = CONFIGS[0].with_name(f"{name}.py")
+    config = load_config(path)
+    assert parameter_count(path) == parameters
+    assert (config.optimizer.learning_rate, config.train.batch_size, config.train.steps) == (rate, batch, steps)
+    assert (config.diffusion.variance, config.model.dropout) == (variance, dropout)
+    assert (config.diffusion.timesteps, config.diffusion.beta_start, config.diffusion.beta_end) == (1000, 1e-4, 0.02)
+    assert (config.optimizer.warmup_steps, config.optimizer.gradient_clip) == (5000, 1.0)
+    assert config.train.ema_decays == (0.9999,) and not config.train.ema_warmup
+    assert config.data.flip == (name != "lsun_bedroom")  # "all sets but LSUN Bedroom", appendix B
+
+
+def test_overrides_are_typed():
+    config = overridden(
+        "train.steps=1e5",
+        "optimizer.learning_rate=1",
+        "model.channel_mult=(1,2)",
+        "model.attention_resolutions=16",
+        "data.flip=false",
+        "diffusion.schedule=cosine",
+    )
+    assert config.train.steps == 100_000 and type(config.train.steps) is int
+    assert type(config.optimizer.learning_rate) is float
+    assert config.model.channel_mult == (1, 2) and config.model.attention_resolutions == (16,)
+    assert config.data.flip is False and config.diffusion.schedule == "cosine"
+
+
+@pytest.mark.parametrize(
+    "item, said",
+    [
+        ("optimizer.learning_rat=1", "config.optimizer has no field 'learning_rat': did you mean learning_rate?"),
+        ("optimzer.epsilon=1", "config has no field 'optimzer': did you mean optimizer?"),
+        ("seed.x=1", "config.seed.x: seed is a value, it has no fields"),
+        ("train=5", "config.train is a section; set one of its fields: steps"),
+        ("train.steps", "write --config.train.steps=VALUE"),
+        ("train.steps=many", "config.train.steps=many: must be int"),
+        ("train.steps=1.5", "config.train.steps=1.5: must be int"),
+        ("train.steps=True", "config.train.steps=True: must be int"),
+        ("data.flip=maybe", "config.data.flip=maybe: must be true or false"),
+        ("optimizer.learning_rate=nan", "config.optimizer.learning_rate=nan: must be float"),
+        ("optimizer.learning_rate=1e999", "config.optimizer.learning_rate=inf: must be finite"),
+        ("model.channel_mult=(1,'2')", "config.model.channel_mult=2: must be int"),
+        ("diffusion.schedule=linar", "config.diffusion.schedule=linar: one of linear, quad, const"),
+        ("diffusion.timesteps=0", "config.diffusion.timesteps=0: must be at least 1"),
+        ("diffusion.beta_end=1.0", "config.diffusion.beta_end=1.0: must be in (0, 1)"),
+        ("diffusion.beta_start=0", "config.diffusion.beta_start=0.0: must be in (0, 1)"),
+        ("data.image_size=36", "config.data.image_size=36: must be divisible by 8, for the 4 levels"),
+        ("model.base_channels=100", "config.model.base_channels=100: must be a multiple of model.group_norm_groups=32"),
+        ("model.attention_resolutions=(7,)", "sizes of this network's feature maps: 32, 16, 8, 4"),
+        ("model.heads=3", "config.model.heads=3: must divide the widths with attention"),
+        ("model.dropout=1.0", "config.model.dropout=1.0: must be in [0, 1)"),
+        ("loss.kind=hybrid", "config.loss.kind=hybrid: hybrid trains a learned variance: set diffusion.variance"),
+        ("diffusion.variance=learned", "diffusion.variance=learned is trained by vlb or hybrid"),
+        ("diffusion.schedule=jsd", "eps cannot give x0: use x0, v or mu"),
+        ("train.accumulation=3", "config.train.batch_size=128: must be divisible by train.accumulation=3"),
+        ("train.ema_decays=(1.0,)", "config.train.ema_decays=(1.0,): each in [0, 1)"),
+        ("sampling.steps=2000", "config.sampling.steps=2000: must be in 0..1000"),
+        ("data.name=../secrets", "config.data.name=../secrets: NAME or NAME/CONFIGURATION"),
+        ("seed=-1", "config.seed=-1: must be in 0..2^32-1"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_accepted(item, said):
+    with pytest.raises(ConfigError) as caught:
+        overridden(item)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_survives_its_json():
+    config = overridden("model.channel_mult=(1,3)", "train.ema_decays=(0.9,0.99)", "diffusion.prediction=v")
+    assert c.from_dict(json.loads(c.save_json(config))) == config
+
+
+def test_json_with_unknown_or_mistyped_fields_is_refused():
+    values = c.to_dict(Config())
+    with pytest.raises(ConfigError, match="has no field 'p2_gama'"):
+        c.from_dict(values | {"loss": {"p2_gama": 1.0}})
+    with pytest.raises(ConfigError, match="config: train must be a JSON object, not 3"):
+        c.from_dict(values | {"train": 3})
+    with pytest.raises(ConfigError, match="config.seed=1.5: must be int"):
+        c.from_dict(values | {"seed": 1.5})
+
+
+def test_differences_name_the_fields():
+    old, new = Config(), overridden("train.steps=5", "model.heads=2")
+    assert c.differences(old, new) == ["model.heads: 1 -> 2", "train.steps: 800000 -> 5"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "no such file"),
+        ("def get_config(): return 3", "must return a ddpm_jax.config.Config, not int"),
+        ("x = 1", "AttributeError"),
+        ("def get_config(: ", "SyntaxError"),
+    ],
+)
+def test_config_files_at_fault_are_named(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
