@@ -15,7 +15,7 @@ from clu.metrics import Average
 from ddpm_jax import images
 from ddpm_jax.build import Params, build_process
 from ddpm_jax.checkpoints import Checkpoints, claim_workdir
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.data.batches import TrainBatches, eval_batches
 from ddpm_jax.data.prefetch import Prefetcher
 from ddpm_jax.data.sources import Source, load_source
@@ -85,6 +85,7 @@ def train(
     build_process(config)
     source = load_source(config.data, data_dir, "train")
     held_out = load_source(config.data, data_dir, "test") if config.train.eval_images else None
+    check_labels(config, source)
     claim_workdir(workdir, config)
 
     with (
@@ -131,6 +132,16 @@ def restore_or_init(config: Config, checkpoints: Checkpoints, devices: Devices, 
     if aside and devices.is_main:
         print(f"newer checkpoints moved to checkpoints.aside/: {', '.join(map(str, aside))}", flush=True)
     return state
+
+
+def check_labels(config: Config, source: Source) -> None:
+    """ConfigError unless `source` has the classes that the network is told about."""
+    classes, name = config.model.num_classes, config.data.name
+    if classes and not source.labelled:
+        raise ConfigError(f"config.model.num_classes={classes}: data set {name!r} has no labels; set it to 0")
+    labels = getattr(source, "labels", None)  # known at once only where the set is in memory
+    if classes and labels is not None and labels.max() >= classes:
+        raise ConfigError(f"config.model.num_classes={classes}: data set {name!r} has labels up to {labels.max()}")
 
 
 def describe(config: Config, params: Params, workdir: Path, devices: Devices, start: int) -> None:

@@ -150,6 +150,7 @@ def test_what_cannot_run_leaves_nothing_behind(tmp_path):
         (tiny_config(train={"batch_size": 12}), ConfigError, "batch_size=12: must be divisible by 8 devices; try 8 or 16"),
         (tiny_config(data={"name": "cifar10", "image_size": 32}), DataError, "run scripts/prepare_data.py --dataset=cifar10"),
         (tiny_config(data={"image_size": 16}), DataError, "set config.data.image_size=8"),
+        (tiny_config(model={"num_classes": 5}), ConfigError, "num_classes=5: data set 'digits' has labels up to 9"),
     ):
         with pytest.raises(error, match=said):
             train_on(8, config, workdir)

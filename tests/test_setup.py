@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"unet", "config", "build"},
     {"devices", "checkpoints", "data", "weights", "writers", "images"},
-    {"training", "loop", "generate", "trained", "evaluation", "galleries", "compression"},
+    {"training", "loop", "generate", "trained", "evaluation", "galleries", "compression", "curves"},
     {"cli"},
 ]
 LEAVES, MATHS = LAYERS[:2]

@@ -51,7 +51,7 @@ def reference() -> tuple[TrainState, list[dict[str, float]]]:
     return run(tiny_config(), devices=1, steps=4)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_every_device_count_computes_the_same_steps(devices):
     """Dropout, flips, noise and timesteps included; a gradient summed instead of averaged shows in its norm."""
     _, alone = reference()
