@@ -23,7 +23,7 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
         train=TrainConfig(
-            steps=2000,
+            steps=1200,
             batch_size=32,
             ema_decays=(0.998,),
             ema_warmup=True,

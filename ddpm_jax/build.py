@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.diffusion import Denoiser, GaussianDiffusion
@@ -52,19 +54,20 @@ def init_params(config: Config) -> Params:
     # Hundreds of small draws, each run once: on a CPU, optimising them takes four times as long as drawing them.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if on_cpu else {}
-    return jax.jit(lambda: _init(config), compiler_options=options)()
+    # The seed is an argument, or the compiler would draw all the numbers itself, one by one.
+    return jax.jit(functools.partial(_init, config), compiler_options=options)(np.uint32(config.seed))
 
 
 def abstract_params(config: Config) -> Params:
     """The tree of `init_params` as shapes and types, with nothing computed."""
-    return jax.eval_shape(lambda: _init(config))
+    return jax.eval_shape(functools.partial(_init, config), np.uint32(config.seed))
 
 
-def _init(config: Config) -> Params:
+def _init(config: Config, seed: jax.Array) -> Params:
     x = jnp.zeros((1, *image_shape(config)), jnp.float32)
     t = jnp.zeros(1, jnp.int32)
     labels = jnp.zeros(1, jnp.int32) if config.model.num_classes else None
-    return build_model(config).init(stream_key(config.seed, Stream.PARAMETERS), x, t, labels)["params"]
+    return build_model(config).init(stream_key(seed, Stream.PARAMETERS), x, t, labels)["params"]
 
 
 def denoiser(config: Config) -> Callable[[Params, jax.Array | None], Denoiser]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -72,6 +73,26 @@ def claim_workdir(workdir: Path, config: Config) -> None:
             os.replace(part, path)
         except OSError as error:
             raise WorkdirError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def sole_trainer(workdir: Path) -> Iterator[None]:
+    """Keeps a second run out of `workdir` while this one trains; the lock ends with the process, however that ends.
+
+    Raises:
+      WorkdirError: another process of this machine is training there.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkdirError(f"{workdir}: another process is training there; stop it, or take another --workdir") from error
+        except OSError:
+            pass  # some network file systems have no locks: then there is none to keep
+        yield
 
 
 def load_workdir_config(workdir: Path) -> Config:

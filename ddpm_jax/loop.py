@@ -14,7 +14,7 @@ from clu.metrics import Average
 
 from ddpm_jax import images
 from ddpm_jax.build import Params, build_process
-from ddpm_jax.checkpoints import Checkpoints, claim_workdir
+from ddpm_jax.checkpoints import Checkpoints, claim_workdir, sole_trainer
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.data.batches import TrainBatches, eval_batches
 from ddpm_jax.data.prefetch import Prefetcher
@@ -89,6 +89,7 @@ def train(
     claim_workdir(workdir, config)
 
     with (
+        sole_trainer(workdir),
         Checkpoints(workdir, keep=config.train.keep_checkpoints, keep_every=config.train.keep_every) as checkpoints,
         MetricWriter(workdir, enabled=devices.is_main) as writer,
         StopRequest() as stop,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from ddpm_jax.checkpoints import Checkpoints, WorkdirError, claim_workdir, load_workdir_config
+from ddpm_jax.checkpoints import Checkpoints, WorkdirError, claim_workdir, load_workdir_config, sole_trainer
 from ddpm_jax.devices import Devices
 
 
@@ -133,6 +133,14 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(WorkdirError, match="has checkpoints but no config.json"):
         claim_workdir(tmp_path, tiny_config())
+
+
+def test_two_runs_cannot_share_a_workdir(tmp_path):
+    with sole_trainer(tmp_path):
+        with pytest.raises(WorkdirError, match="another process is training there"), sole_trainer(tmp_path):
+            pass
+    with sole_trainer(tmp_path):  # free again
+        pass
 
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
