@@ -124,7 +124,10 @@ class SamplingConfig:
 
     sampler: str = "ancestral"
     steps: int = 0  # 0: all timesteps
+    spacing: str = "linspace"  # of the timesteps visited, where steps are fewer than all
+    eta: float = 0.0  # sampler="ddim" only: share of the ancestral noise, 0 is deterministic
     clip: bool = True  # clip x0_hat to [-1, 1] before the update
+    rederive_eps: bool = True  # where x0_hat was clipped, derive eps_hat from it again
 
 
 @dataclass
@@ -392,4 +395,5 @@ def validate(config: Config) -> Config:
     require(len(set(train.ema_decays)) == len(train.ema_decays), "train.ema_decays", "each decay once")
 
     require(0 <= config.sampling.steps <= diffusion.timesteps, "sampling.steps", f"must be in 0..{diffusion.timesteps}")
+    require(0 <= config.sampling.eta <= 1, "sampling.eta", "must be in 0..1")
     return config

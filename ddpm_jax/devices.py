@@ -88,3 +88,7 @@ class Devices:
         """A stacked result as NumPy rows of the whole global batch [n, ...], on every host."""
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stacked)
         return multihost_utils.process_allgather(flat, tiled=True) if jax.process_count() > 1 else flat
+
+    def from_main(self, values: np.ndarray) -> np.ndarray:
+        """`values` as the first process has them, on every host: for decisions that depend on its disk."""
+        return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values

@@ -1,11 +1,7 @@
-"""The reverse chain: x_T ~ N(0, I) down to x_0 in one `lax.scan` (Ho et al. 2020, Algorithm 2).
+"""The reverse chain: x_T ~ N(0, I) down to x_0 in one compiled loop (Ho et al. 2020, Algorithm 2), by any table of `samplers`.
 
-Every sampler of this family is one linear update with coefficients that depend on the step alone,
-
-    x_prev = a x0_hat + b x_t + c eps_hat + s z,    z ~ N(0, I),
-
-so a sampler is a table with a row (timestep, a, b, c, s) for each step, computed in float64, and the scan runs down its rows.
-x0_hat is clipped before the update; eps_hat is derived from it again, so that the three always satisfy eq. 4.
+The loop carries x, x0_hat_before where the table uses it, and a fixed number of frames where asked: memory does not grow with
+the number of steps.
 """
 
 from __future__ import annotations
@@ -19,86 +15,95 @@ import numpy as np
 
 from ddpm_jax import diffusion as d
 from ddpm_jax.randomness import normal_per_example
-from ddpm_jax.schedule import NoiseSchedule
+from ddpm_jax.samplers import SamplerTable
+
+Rows = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
-class SamplerTable:
-    """The rows of a reverse chain, first step first, each array [S].
+class Frames:
+    """What to keep of a chain on its way: `what` ("x_t" after the row, or the "x0" it was formed from) of the rows `after`.
 
-    Attributes:
-      timesteps: int32, what the network is told; strictly falling, the last row leads to x_0.
-      a, b, c, s: float64 coefficients of x0_hat, x_t, eps_hat and z. Where the variance is learned, s is 1 or 0 and scales
-        the standard deviation that the network gives.
-      log_variance_low, log_variance_high: float64 ends of `learned_range`, log posterior variance and log beta of this
-        chain's own steps.
+    `after` is int [K], strictly rising, and ends with the last row.
     """
 
-    timesteps: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    c: np.ndarray
-    s: np.ndarray
-    log_variance_low: np.ndarray
-    log_variance_high: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-
-def spaced_timesteps(timesteps: int, steps: int) -> np.ndarray:
-    """`steps` of 0..timesteps-1 in equal distances, rising, int32: always T-1 and, from two steps on, always 0.
-
-    Raises:
-      ValueError: steps outside 1..timesteps.
-    """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps={steps}: must be in 1..{timesteps}")
-    if steps == 1:
-        return np.array([timesteps - 1], np.int32)
-    return np.round(np.linspace(0, timesteps - 1, steps)).astype(np.int32)
-
-
-def respace(schedule: NoiseSchedule, kept: np.ndarray) -> NoiseSchedule:
-    """The schedule of the chain that visits only the timesteps `kept` (rising).
-
-    q(x_t | x_0) stays what it was at those t, so its betas are 1 - alphas_cumprod_t / alphas_cumprod_{t before}: a stride of
-    many steps is one step with a large beta, and every variance follows from that one, not from the original.
-    """
-    if len(kept) == schedule.timesteps:
-        return schedule
-    alphas_cumprod = schedule.alphas_cumprod[kept]
-    return NoiseSchedule.from_betas(1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]))
-
-
-def ancestral_table(process: d.GaussianDiffusion, steps: int = 0) -> SamplerTable:
-    """Algorithm 2: x_{t-1} ~ p_theta(x_{t-1} | x_t) with the variance of `process`, in `steps` steps (0: all T).
-
-    The mean is that of the posterior at x0_hat, eq. 7; the last step adds no noise.
-    """
-    kept = spaced_timesteps(process.schedule.timesteps, steps or process.schedule.timesteps)
-    chain = respace(process.schedule, kept)
-    if process.variance == "fixed_small":
-        scale = np.sqrt(chain.posterior_variance)
-    elif process.variance == "fixed_large":
-        scale = np.sqrt(chain.betas)
-    else:
-        scale = np.ones(len(kept))
-    return SamplerTable(
-        timesteps=kept[::-1],
-        a=chain.posterior_mean_coef1[::-1],
-        b=chain.posterior_mean_coef2[::-1],
-        c=np.zeros(len(kept)),
-        s=np.append(scale[:0:-1], 0.0),
-        log_variance_low=chain.posterior_log_variance_clipped[::-1],
-        log_variance_high=np.log(chain.betas)[::-1],
-    )
+    what: str
+    after: np.ndarray
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...], timesteps: int) -> jax.Array:
     """x_T ~ N(0, I), float32 [b, *shape]; sample i depends on keys[i] alone."""
-    return _noise_at(keys, timesteps, shape)
+    return noise_at(keys, timesteps, shape)
+
+
+def forward_noise(keys: jax.Array, shape: tuple[int, ...], timesteps: int, number: int = 0) -> jax.Array:
+    """eps of eq. 4 for chains that start from images, float32 [b, *shape]; apart from every noise of the reverse chain."""
+    return noise_at(keys, timesteps + 1 + number, shape)
+
+
+def noise_at(keys: jax.Array, t: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return normal_per_example(jax.vmap(jax.random.fold_in, (0, None))(keys, t), shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Stepper:
+    """One row of a table, for a denoiser.
+
+    Attributes:
+      clip: limit x0_hat to [-1, 1] before the update.
+      rederive_eps: where x0_hat was clipped, eps_hat is derived from it again, so that x_t, x0_hat and eps_hat satisfy eq. 4;
+        otherwise it stays what the network said.
+    """
+
+    process: d.GaussianDiffusion
+    table: SamplerTable
+    denoise: d.Denoiser
+    clip: bool = True
+    rederive_eps: bool = True
+
+    def rows(self) -> Rows:
+        """The table in float32, one array [S] for each column."""
+        columns = {name: jnp.asarray(value, jnp.float32) for name, value in vars(self.table).items() if value is not None}
+        return columns | {"timesteps": jnp.asarray(self.table.timesteps, jnp.int32)}
+
+    def __call__(
+        self,
+        row: Rows,
+        x: jax.Array,
+        noise: Callable[[], jax.Array],
+        before: Callable[[jax.Array], jax.Array] = lambda x0: x0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x_prev and x0_hat, both like x.
+
+        Args:
+          noise: gives z; not called where the table has s = 0 throughout.
+          before: gives x0_hat_before, from x0_hat; where it is x0_hat itself the row is of first order.
+        """
+        process, schedule = self.process, self.process.schedule
+        t = jnp.full(x.shape[0], row["timesteps"])
+        prediction, raw = d.split_output(process, self.denoise(x, t))
+        x0 = d.predict_x0(schedule, process.prediction, prediction, x, t)
+        x0 = jnp.clip(x0, -1, 1) if self.clip else x0
+        x_prev = row["a"] * x0 + row["b"] * x
+        if self.table.c.any():
+            if self.clip and self.rederive_eps:
+                eps = d.eps_from_x0(schedule, x0, x, t)
+            else:
+                eps = d.convert(schedule, prediction, x, t, source=process.prediction, target="eps")
+            x_prev += row["c"] * eps
+        if self.table.d.any():
+            x_prev += row["d"] * before(x0)
+        if self.table.s.any():
+            x_prev += self._scale(row, raw) * noise()
+        return x_prev, x0
+
+    def _scale(self, row: Rows, raw: jax.Array | None) -> jax.Array:
+        if not self.table.learned:
+            return row["s"]
+        assert raw is not None
+        low, high = row["log_variance_low"], row["log_variance_high"]
+        log_variance = raw if self.process.variance == "learned" else low + (raw + 1) / 2 * (high - low)
+        return row["s"] * jnp.exp(0.5 * log_variance)
 
 
 def reverse_chain(
@@ -109,6 +114,8 @@ def reverse_chain(
     keys: jax.Array,
     *,
     clip: bool = True,
+    rederive_eps: bool = True,
+    span: tuple[jax.Array, jax.Array] | None = None,
     on_row: Callable[[jax.Array], None] | None = None,
 ) -> jax.Array:
     """Runs `x` down the table.
@@ -116,44 +123,80 @@ def reverse_chain(
     Args:
       x: [b,h,w,c], N(0, I) for a whole chain.
       keys: typed keys [b]; the noise of sample i at timestep t depends on (keys[i], t) alone, whatever the batch.
-      clip: limit x0_hat to [-1, 1] before the update.
+      clip, rederive_eps: see `Stepper`.
+      span: int [b] each; sample i goes through the rows from span[0][i] up to, without, span[1][i]. The loop runs over the
+        rows that some sample needs. By default all rows.
       on_row: called on the host with the number of finished rows, about a hundred times a chain and after the last: for
         progress. A program with such a call in it cannot be kept in JAX's compilation cache.
 
     Returns:
       x_0, float32 [b,h,w,c]; not clipped after the last step (with a clipped x0_hat it lies in [-1, 1] all the same).
     """
-    rows = {
-        "row": jnp.arange(table.steps),
-        "t": jnp.asarray(table.timesteps, jnp.int32),
-        **{name: jnp.asarray(getattr(table, name), jnp.float32) for name in ("a", "b", "c", "s")},
-        "low": jnp.asarray(table.log_variance_low, jnp.float32),
-        "high": jnp.asarray(table.log_variance_high, jnp.float32),
-    }
-    report_every = max(1, table.steps // 100)
+    step = Stepper(process, table, denoise, clip, rederive_eps)
+    return _run(step, x, keys, span=span, on_row=on_row)["x"]
 
-    def update(x: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        t = jnp.full(x.shape[0], row["t"])
-        prediction, raw = d.split_output(process, denoise(x, t))
-        x0 = d.predict_x0(process.schedule, process.prediction, prediction, x, t)
-        x0 = jnp.clip(x0, -1, 1) if clip else x0
-        x_prev = row["a"] * x0 + row["b"] * x
-        if table.c.any():
-            x_prev += row["c"] * d.eps_from_x0(process.schedule, x0, x, t)
-        scale = row["s"]
-        if process.learns_variance:
-            fraction = (raw + 1) / 2
-            log_variance = raw if process.variance == "learned" else row["low"] + fraction * (row["high"] - row["low"])
-            scale = scale * jnp.exp(0.5 * log_variance)
-        x_prev += scale * _noise_at(keys, row["t"], x.shape[1:])
+
+def recorded_chain(
+    process: d.GaussianDiffusion,
+    table: SamplerTable,
+    denoise: d.Denoiser,
+    x: jax.Array,
+    keys: jax.Array,
+    frames: Frames,
+    *,
+    clip: bool = True,
+    rederive_eps: bool = True,
+    on_row: Callable[[jax.Array], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `reverse_chain`; besides x_0 the frames float32 [K,b,h,w,c]. ValueError if the last row is not among them."""
+    if frames.after[-1] != table.steps - 1:
+        raise ValueError(f"frames end after row {frames.after[-1]}: must end after the last, {table.steps - 1}")
+    carry = _run(Stepper(process, table, denoise, clip, rederive_eps), x, keys, frames=frames, on_row=on_row)
+    return carry["x"], carry["frames"]
+
+
+def _run(
+    step: Stepper,
+    x: jax.Array,
+    keys: jax.Array,
+    *,
+    span: tuple[jax.Array, jax.Array] | None = None,
+    frames: Frames | None = None,
+    on_row: Callable[[jax.Array], None] | None = None,
+) -> dict[str, jax.Array]:
+    table, rows = step.table, step.rows()
+    carry = {"x": x}
+    if table.d.any():
+        carry["x0"] = jnp.zeros_like(x)
+    if frames is not None:
+        carry["frames"] = jnp.zeros((len(frames.after), *x.shape), x.dtype)
+        # Each row writes the slot of the next row to be kept, so that slot ends up with that row's.
+        slots = jnp.asarray(np.searchsorted(frames.after, np.arange(table.steps)), jnp.int32)
+    first, end = (0, table.steps) if span is None else (span[0].min(), span[1].max())
+
+    def update(i: int | jax.Array, carry: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        row, x = {name: values[i] for name, values in rows.items()}, carry["x"]
+        starts = i == (first if span is None else span[0].reshape(-1, 1, 1, 1))  # nothing came before
+        x_prev, x0 = step(
+            row,
+            x,
+            noise=lambda: noise_at(keys, row["timesteps"], x.shape[1:]),
+            before=lambda x0: jnp.where(starts, x0, carry["x0"]),
+        )
+        if span is not None:
+            active = ((span[0] <= i) & (i < span[1])).reshape(-1, 1, 1, 1)
+            x_prev = jnp.where(active, x_prev, x)
+        after = {"x": x_prev} | ({"x0": x0} if "x0" in carry else {})
+        if frames is not None:
+            after["frames"] = carry["frames"].at[slots[i]].set(x_prev if frames.what == "x_t" else x0)
         if on_row is not None:
-            finished = row["row"] + 1
-            due = (finished % report_every == 0) | (finished == table.steps)
-            jax.lax.cond(due, lambda: jax.debug.callback(on_row, finished), lambda: None)
-        return x_prev, None
+            report(on_row, i + 1, end, table.steps)
+        return after
 
-    return jax.lax.scan(update, x, rows)[0]
+    return jax.lax.fori_loop(first, end, update, carry)
 
 
-def _noise_at(keys: jax.Array, t: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return normal_per_example(jax.vmap(jax.random.fold_in, (0, None))(keys, t), shape)
+def report(on_row: Callable[[jax.Array], None], finished: jax.Array, end: int | jax.Array, steps: int) -> None:
+    """Calls `on_row(finished)` on the host, about a hundred times in `steps` and at the `end`."""
+    due = (finished % max(1, steps // 100) == 0) | (finished == end)
+    jax.lax.cond(due, lambda: jax.debug.callback(on_row, finished), lambda: None)

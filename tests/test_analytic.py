@@ -18,7 +18,8 @@ from gaussian_chain import GaussianChain
 
 from ddpm_jax.diffusion import GaussianDiffusion
 from ddpm_jax.losses import Objective, per_example_loss, prior_term
-from ddpm_jax.sampling import ancestral_table, initial_noise, reverse_chain
+from ddpm_jax.samplers import ancestral_table
+from ddpm_jax.sampling import initial_noise, reverse_chain
 from ddpm_jax.schedule import NoiseSchedule, beta_schedule
 
 MEAN, STD = 0.3, 0.4

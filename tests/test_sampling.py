@@ -13,7 +13,8 @@ from gaussian_chain import GaussianChain
 
 from ddpm_jax.diffusion import PREDICTIONS, GaussianDiffusion, q_sample
 from ddpm_jax.randomness import Stream, example_keys, stream_key
-from ddpm_jax.sampling import SamplerTable, ancestral_table, initial_noise, reverse_chain, spaced_timesteps
+from ddpm_jax.samplers import SamplerTable, ancestral_table, dpmpp_2m_table, spaced_timesteps
+from ddpm_jax.sampling import Frames, initial_noise, recorded_chain, reverse_chain
 from ddpm_jax.schedule import NoiseSchedule, beta_schedule
 
 T = 12
@@ -76,7 +77,7 @@ def test_rows_are_the_conditioned_joint_gaussian_of_the_visited_steps(steps: int
     small, large, ranged = (ancestral_table(GaussianDiffusion(LINEAR, "eps", v), steps) for v in variances)
     for table in (small, large, ranged):
         np.testing.assert_array_equal(table.timesteps, kept[::-1])
-        assert table.steps == steps and table.s[-1] == 0 and not table.c.any()
+        assert table.steps == steps and table.s[-1] == 0 and not table.c.any() and not table.d.any()
         for row in range(steps):
             later, earlier = table.timesteps[row], table.timesteps[row + 1] if row + 1 < steps else -1
             on_x0, on_xt, variance = CHAIN.posterior(earlier, later)
@@ -85,11 +86,11 @@ def test_rows_are_the_conditioned_joint_gaussian_of_the_visited_steps(steps: int
             before = CHAIN.covariance[earlier, earlier] if earlier >= 0 else 0.0
             signal_ratio = CHAIN.signal[later] / (CHAIN.signal[earlier] if earlier >= 0 else 1.0)
             beta = CHAIN.covariance[later, later] - signal_ratio**2 * before
-            np.testing.assert_allclose(table.log_variance_high[row], math.log(beta), rtol=1e-9)
+            np.testing.assert_allclose(ranged.log_variance_high[row], math.log(beta), rtol=1e-9)
             if earlier >= 0:
                 np.testing.assert_allclose(small.s[row], math.sqrt(variance), rtol=1e-9)
                 np.testing.assert_allclose(large.s[row], math.sqrt(beta), rtol=1e-9)
-                np.testing.assert_allclose(table.log_variance_low[row], math.log(variance), rtol=1e-9)
+                np.testing.assert_allclose(ranged.log_variance_low[row], math.log(variance), rtol=1e-9)
                 assert ranged.s[row] == 1
 
 
@@ -111,10 +112,9 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
 
 
 def test_strided_with_all_steps_is_the_full_chain_bit_for_bit() -> None:
-    full, strided = (ancestral_table(GaussianDiffusion(LINEAR), steps) for steps in (0, T))
-    for name in ("timesteps", "a", "b", "c", "s", "log_variance_low", "log_variance_high"):
-        np.testing.assert_array_equal(getattr(full, name), getattr(strided, name))
     process = GaussianDiffusion(LINEAR)
+    full, strided = (ancestral_table(process, steps) for steps in (0, T))
+    np.testing.assert_array_equal(full.timesteps, strided.timesteps)
     np.testing.assert_array_equal(*(sample(process, table, cubic, keys(3)) for table in (full, strided)))
 
 
@@ -161,7 +161,7 @@ def test_x0_is_clipped_before_the_update(prediction: str) -> None:
     wild = sample(process, table, point_denoiser(1000 * sign, prediction), keys(3))
     np.testing.assert_array_equal(wild, np.broadcast_to(sign, wild.shape))
     # All but the last step, whose x_t still shows how the mean was formed.
-    head = SamplerTable(**{name: value[:-1] for name, value in vars(table).items()})
+    head = table.rows(slice(None, -1))
     clipped = sample(process, head, point_denoiser(1000 * sign, prediction), keys(3))
     honest = sample(process, head, point_denoiser(sign, prediction), keys(3))
     np.testing.assert_allclose(clipped, honest, atol=1e-4)
@@ -173,12 +173,15 @@ def test_eps_hat_is_derived_again_from_the_clipped_x0() -> None:
     """With c in the table, a + c lands on x_{t-1} along eq. 4 of the clipped x0, not of what the network said."""
     process = GaussianDiffusion(LINEAR)
     t, earlier = T - 1, 3
-    row = (t, CHAIN.signal[earlier], 0.0, NOISE[earlier], 0.0, 0.0, 0.0)  # timesteps, a, b, c, s and the unused ends
+    row = (t, CHAIN.signal[earlier], 0.0, NOISE[earlier], 0.0, 0.0)  # timestep, a, b, c, d, s
     table = SamplerTable(*(np.array([value]) for value in row))
     x = sample(process, table, point_denoiser(jnp.full((1, *SHAPE), 5.0)), keys(2))
     x_t = initial_noise(keys(2), SHAPE, T)
     eps = (x_t - CHAIN.signal[t]) / NOISE[t]
     np.testing.assert_allclose(x, CHAIN.signal[earlier] + NOISE[earlier] * eps, atol=1e-5)
+    kept = sample(process, table, point_denoiser(jnp.full((1, *SHAPE), 5.0)), keys(2), rederive_eps=False)
+    said = (x_t - 5 * CHAIN.signal[t]) / NOISE[t]
+    np.testing.assert_allclose(kept, CHAIN.signal[earlier] + NOISE[earlier] * said, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, 5])
@@ -195,7 +198,7 @@ def test_learned_variance_is_the_log_variance_of_each_step() -> None:
     """One step from x_t with x0_hat = x_t: what is added has the standard deviation exp(raw / 2)."""
     process = GaussianDiffusion(LINEAR, "x0", "learned")
     table = ancestral_table(process)
-    first = SamplerTable(**{name: value[:1] for name, value in vars(table).items()})
+    first = table.rows(slice(None, 1))
 
     def step(raw: float) -> np.ndarray:
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -212,7 +215,7 @@ def test_last_step_adds_no_noise() -> None:
     for variance in ("fixed_small", "fixed_large", "learned", "learned_range"):
         process = GaussianDiffusion(LINEAR, "x0", variance)
         table = ancestral_table(process)
-        last = SamplerTable(**{name: value[-1:] for name, value in vars(table).items()})
+        last = table.rows(slice(-1, None))
 
         def denoise(x: jax.Array, t: jax.Array, learns: bool = process.learns_variance) -> jax.Array:
             return jnp.full((*SHAPE[:2], 6 if learns else 3), 0.5)[None].repeat(len(x), 0)
@@ -231,7 +234,7 @@ def test_noise_is_standard_normal_and_fresh_at_every_step_and_sample() -> None:
         jax.debug.callback(lambda x: states.append(np.asarray(x, np.float64)), x, ordered=True)
         return jnp.zeros_like(x)
 
-    only_noise = SamplerTable(np.arange(T)[::-1], zeros, ones, zeros, ones, zeros, zeros)  # x_prev = x + z
+    only_noise = SamplerTable(np.arange(T)[::-1], zeros, ones, zeros, zeros, ones)  # x_prev = x + z
     end = sample(GaussianDiffusion(LINEAR, "x0"), only_noise, denoise, keys(40))
     jax.effects_barrier()
     noises = np.stack([states[0], *np.diff([*states, end], axis=0)])  # x_T, then what each step added
@@ -271,9 +274,110 @@ def test_chain_may_start_in_the_middle() -> None:
     process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
     point = jnp.full((2, *SHAPE), 0.3)
     x = q_sample(LINEAR, point, jnp.full(2, 5), initial_noise(keys(2), SHAPE, T))
-    rest = SamplerTable(**{name: value[T - 6 :] for name, value in vars(table).items()})
+    rest = table.rows(slice(T - 6, None))
     assert rest.timesteps[0] == 5
     np.testing.assert_allclose(reverse_chain(process, rest, point_denoiser(point[:1]), x, keys(2)), 0.3, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [ancestral_table, dpmpp_2m_table])
+def test_each_sample_goes_through_its_own_span(make: Callable) -> None:
+    """One loop for samples that start and stop at different rows: each ends as if it had its own table."""
+    process, table = GaussianDiffusion(LINEAR), make(GaussianDiffusion(LINEAR))
+    spans = [(0, T), (3, T), (2, 7), (5, 5), (0, 1)]
+    x = initial_noise(keys(5), SHAPE, T)
+    first, end = jnp.array(spans).T
+    run = jax.jit(
+        lambda first, end: reverse_chain(process, table, cubic, x, keys(5), span=(first, end)), compiler_options=QUICK
+    )
+    together = run(first, end)
+    np.testing.assert_array_equal(together[3], x[3])
+    for i, (start, stop) in enumerate(spans):
+        if start < stop:
+            part = table.rows(slice(start, stop))
+            alone = jax.jit(lambda x, part=part: reverse_chain(process, part, cubic, x, keys(5)), compiler_options=QUICK)(x)
+            np.testing.assert_allclose(together[i], alone[i], atol=2e-6)
+
+
+def test_only_the_rows_that_some_sample_needs_are_run() -> None:
+    told = []
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: told.append(int(t)), t[0], ordered=True)
+        return cubic(x, t)
+
+    process, x = GaussianDiffusion(LINEAR), initial_noise(keys(2), SHAPE, T)
+    span = jnp.array([4, 6]), jnp.array([7, 9])
+    jax.jit(lambda span: reverse_chain(process, ancestral_table(process), denoise, x, keys(2), span=span))(span)
+    jax.effects_barrier()
+    assert told == [T - 1 - row for row in range(4, 9)]
+
+
+def test_multistep_history_is_the_x0_of_the_row_before() -> None:
+    """The same table walked in float64 by hand, which would not notice a float32 loop that forgot d."""
+    table = dpmpp_2m_table(GaussianDiffusion(LINEAR, "x0"), 6)
+    chain = GaussianChain(LINEAR.betas)
+    best = np.array([chain.best_x0(t, 0.2, 0.5) for t in range(T)])
+    x, before = np.asarray(initial_noise(keys(2), SHAPE, T), np.float64), 0.0
+    for t, a, b, d in zip(table.timesteps, table.a, table.b, table.d):
+        x0 = best[t, 0] * x + best[t, 1]
+        x, before = a * x0 + b * x + d * before, x0
+    assert np.abs(table.d[1:-1]).min() > 0.02
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        return at(best[:, 0], t) * x + at(best[:, 1], t)
+
+    np.testing.assert_allclose(sample(GaussianDiffusion(LINEAR, "x0"), table, denoise, keys(2), clip=False), x, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def test_frames_are_the_states_after_their_rows() -> None:
+    process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
+    x, after = initial_noise(keys(3), SHAPE, T), np.array([0, 4, 5, T - 1])
+    start = jnp.zeros(3, jnp.int32)
+    until = jax.jit(
+        lambda end: reverse_chain(process, table, cubic, x, keys(3), span=(start, end)), compiler_options=QUICK
+    )
+    for what in ("x_t", "x0"):
+        record = jax.jit(
+            lambda x, what=what: recorded_chain(process, table, cubic, x, keys(3), Frames(what, after)), compiler_options=QUICK
+        )
+        end, frames = record(x)
+        np.testing.assert_allclose(end, sample(process, table, cubic, keys(3)), atol=1e-6)
+        assert frames.shape == (4, 3, *SHAPE)
+        np.testing.assert_allclose(frames[-1], end, atol=1e-6)  # the last x0_hat is the sample
+        for slot, row in enumerate(after[:-1]):
+            state = until(jnp.full(3, row if what == "x0" else row + 1))
+            if what == "x0":  # what the network says of the state before the row
+                t = T - 1 - row
+                state = jnp.clip((state - NOISE[t] * cubic(state, jnp.full(3, t))) / CHAIN.signal[t], -1, 1)
+            np.testing.assert_allclose(frames[slot], state, atol=1e-5)
+
+
+def test_frames_without_the_last_row_are_refused() -> None:
+    process, x = GaussianDiffusion(LINEAR), initial_noise(keys(1), SHAPE, T)
+    with pytest.raises(ValueError, match="frames end after row 7: must end after the last, 11"):
+        recorded_chain(process, ancestral_table(process), cubic, x, keys(1), Frames("x_t", np.array([3, 7])))
+
+
+def test_memory_is_that_of_the_frames_whatever_the_number_of_steps() -> None:
+    def needed(steps: int, frames: int) -> int:
+        process = GaussianDiffusion(NoiseSchedule.from_betas(beta_schedule("linear", 2000)))
+        table = ancestral_table(process, steps)
+        after = np.rint(np.linspace(0, steps - 1, frames)).astype(int)
+
+        def run(x: jax.Array, keys: jax.Array) -> jax.Array:
+            return recorded_chain(process, table, cubic, x, keys, Frames("x_t", after))[1]
+
+        x = jnp.zeros((4, 16, 16, 3))
+        memory = jax.jit(run, compiler_options=QUICK).lower(x, keys(4)).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    image = 4 * 16 * 16 * 3 * 4
+    few, many = needed(20, 5), needed(2000, 5)
+    assert abs(many - few) < 0.5 * image  # the table itself grows, by a few bytes a step
+    assert 9 * image < needed(20, 15) - few < 40 * image
 
 
 @pytest.mark.parametrize("steps", [12, 450])

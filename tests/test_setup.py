@@ -27,7 +27,9 @@ LAYERS = [
         "diffusion",
         "losses",
         "timesteps",
+        "samplers",
         "sampling",
+        "inpainting",
         "likelihood",
         "randomness",
         "ans",
@@ -35,7 +37,7 @@ LAYERS = [
         "progressive",
     },
     {"unet", "config", "build"},
-    {"devices", "checkpoints", "data", "weights", "writers", "images"},
+    {"devices", "checkpoints", "data", "weights", "writers", "images", "shards"},
     {"training", "loop", "generate", "trained", "evaluation", "galleries", "compression", "curves"},
     {"cli"},
 ]
