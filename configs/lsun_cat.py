@@ -4,7 +4,8 @@ Command:   python scripts/prepare_data.py --dataset=lsun/cat --data_dir=data
            python scripts/train.py --config=configs/lsun_cat.py --workdir=runs/lsun_cat
 Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured 2.2 steps/s on a TPU v3-8
 Expect:    FID 19.75 (50,000 samples) after 1,800,000 steps
-Source:    section 4 and appendix B of the paper; run_lsun.py of its code, where a comment turns flips off for this set; the paper does so for Bedroom only
+Source:    section 4 and appendix B of the paper; run_lsun.py of its code, whose comment turns
+           flips off for this set; the paper does so for Bedroom only
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig

@@ -320,7 +320,9 @@ def validate(config: Config) -> Config:
     require(levels >= 1 and min(model.channel_mult) >= 1, "model.channel_mult", "one positive factor a level, such as (1,2,2,2)")
     factor = 2 ** (levels - 1)
     require(
-        data.image_size % factor == 0, "data.image_size", f"must be divisible by {factor}, for the {levels} levels of model.channel_mult"
+        data.image_size % factor == 0,
+        "data.image_size",
+        f"must be divisible by {factor}, for the {levels} levels of model.channel_mult",
     )
     require(model.group_norm_groups >= 1, "model.group_norm_groups", "must be at least 1")
     require(
@@ -366,7 +368,9 @@ def validate(config: Config) -> Config:
     learned = diffusion.variance.startswith("learned")
     require(not (loss.kind == "hybrid" and not learned), "loss.kind", "hybrid trains a learned variance: set diffusion.variance")
     require(
-        not (loss.kind == "simple" and learned), "loss.kind", f"diffusion.variance={diffusion.variance} is trained by vlb or hybrid"
+        not (loss.kind == "simple" and learned),
+        "loss.kind",
+        f"diffusion.variance={diffusion.variance} is trained by vlb or hybrid",
     )
     require(loss.kind != "vlb" or loss.weighting == "none", "loss.weighting", "applies to the squared error, not to vlb")
     require(loss.vlb_weight > 0, "loss.vlb_weight", "must be positive")
@@ -388,7 +392,9 @@ def validate(config: Config) -> Config:
     for name in ("eval_images", "keep_every", "sample_every"):
         require(getattr(train, name) >= 0, f"train.{name}", "must be at least 0")
     require(
-        train.batch_size % train.accumulation == 0, "train.batch_size", f"must be divisible by train.accumulation={train.accumulation}"
+        train.batch_size % train.accumulation == 0,
+        "train.batch_size",
+        f"must be divisible by train.accumulation={train.accumulation}",
     )
     require(len(train.ema_decays) >= 1, "train.ema_decays", "at least one decay, such as (0.9999,)")
     require(all(0 <= d < 1 for d in train.ema_decays), "train.ema_decays", "each in [0, 1)")

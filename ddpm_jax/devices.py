@@ -76,9 +76,7 @@ class Devices:
         returns over `axis_name`, as the tests check shard by shard.
         """
         mapped = functools.partial(step, axis_name=AXIS)
-        return jax.pmap(
-            mapped, AXIS, in_axes=(None, 0), out_axes=(None, None), devices=self.devices, donate_argnums=(0,)
-        )
+        return jax.pmap(mapped, AXIS, in_axes=(None, 0), out_axes=(None, None), devices=self.devices, donate_argnums=(0,))
 
     def map_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(params, batch) -> rows` over all devices, compiled; the rows come back stacked as the batch was."""

@@ -135,9 +135,7 @@ def v_from_x0_eps(schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax
     return signal * eps - extract(schedule.sqrt_one_minus_alphas_cumprod, t, x0.ndim) * x0
 
 
-def convert(
-    schedule: NoiseSchedule, output: jax.Array, x_t: jax.Array, t: jax.Array, *, source: str, target: str
-) -> jax.Array:
+def convert(schedule: NoiseSchedule, output: jax.Array, x_t: jax.Array, t: jax.Array, *, source: str, target: str) -> jax.Array:
     """An output of kind `source` as kind `target`, both among eps, x0, v and mu; the errors of `predict_x0`."""
     if target not in PREDICTIONS:
         raise ValueError(f"prediction={target!r}: one of {', '.join(PREDICTIONS)}")
@@ -192,9 +190,7 @@ def reverse_log_variance(diffusion: GaussianDiffusion, raw: jax.Array | None, t:
     return low + (raw + 1) / 2 * (high - low)
 
 
-def p_mean_variance(
-    diffusion: GaussianDiffusion, output: jax.Array, x_t: jax.Array, t: jax.Array, *, clip: bool
-) -> ReverseStep:
+def p_mean_variance(diffusion: GaussianDiffusion, output: jax.Array, x_t: jax.Array, t: jax.Array, *, clip: bool) -> ReverseStep:
     """The reverse step that a network's output means, eqs. 1 and 11.
 
     Args:
@@ -232,9 +228,7 @@ def standard_normal_cdf_tanh(z: jax.Array) -> jax.Array:
 CDFS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": standard_normal_cdf_tanh, "erf": jax.scipy.stats.norm.cdf}
 
 
-def discretized_gaussian_log_likelihood(
-    x: jax.Array, mean: jax.Array, log_scale: jax.Array, *, cdf: str = "tanh"
-) -> jax.Array:
+def discretized_gaussian_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array, *, cdf: str = "tanh") -> jax.Array:
     """log P(x) of 8-bit data under a Gaussian cut into 256 bins, eq. 13, in nats, element by element.
 
     Args:

@@ -62,9 +62,7 @@ def from_uint8(levels: ArrayLike) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- tiles
 
 
-def grid(
-    images: ArrayLike, columns: int | None = None, gap: int = 2, scale: int = 1, background: int = 255
-) -> np.ndarray:
+def grid(images: ArrayLike, columns: int | None = None, gap: int = 2, scale: int = 1, background: int = 255) -> np.ndarray:
     """One picture of n images, row by row, the rest of the last row left as background.
 
     Args:

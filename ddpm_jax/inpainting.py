@@ -70,9 +70,7 @@ def inpaint_chain(
     if table.d.any():
         raise ValueError("inpainting goes back up the chain, which a multistep sampler cannot: take ancestral or ddim")
     visited, reached_from = repaint.visits(table.steps)
-    signal, noise = (
-        values[table.timesteps] for values in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
-    )
+    signal, noise = (values[table.timesteps] for values in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod))
     keep = signal[visited] / signal[reached_from]
     columns = {
         "visit": np.arange(len(visited), dtype=np.int32),

@@ -158,9 +158,7 @@ def describe(config: Config, params: Params, workdir: Path, devices: Devices, st
 class Log:
     """Metrics wait on the device until a log step; then one transfer, one line in each log, one check."""
 
-    def __init__(
-        self, config: Config, writer: MetricWriter, checkpoints: Checkpoints, start: int, *, enabled: bool
-    ) -> None:
+    def __init__(self, config: Config, writer: MetricWriter, checkpoints: Checkpoints, start: int, *, enabled: bool) -> None:
         self._limit, self._writer, self._checkpoints = config.train.max_nonfinite_steps, writer, checkpoints
         self._batch_size, self._since = config.train.batch_size, time.monotonic()
         self._window: list[Metrics] = []

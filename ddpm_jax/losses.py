@@ -78,9 +78,7 @@ def per_example_loss(
     return terms
 
 
-def training_target(
-    process: d.GaussianDiffusion, x0: jax.Array, x_t: jax.Array, t: jax.Array, eps: jax.Array
-) -> jax.Array:
+def training_target(process: d.GaussianDiffusion, x0: jax.Array, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """What the prediction is compared with: eps, x0, v, or the posterior mean for mu. Shape of x0."""
     if process.prediction == "eps":
         return eps

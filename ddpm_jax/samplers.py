@@ -200,9 +200,7 @@ def ancestral_table(
     )
 
 
-def ddim_table(
-    process: GaussianDiffusion, steps: int = 0, spacing: str = "linspace", *, eta: float = 0.0
-) -> SamplerTable:
+def ddim_table(process: GaussianDiffusion, steps: int = 0, spacing: str = "linspace", *, eta: float = 0.0) -> SamplerTable:
     """Song et al. 2021, eqs. 12 and 16, with ab = alphas_cumprod at the timestep and ab' at the next one visited:
 
         x_prev = sqrt(ab') x0_hat + sqrt(1 - ab' - sigma^2) eps_hat + sigma z,

@@ -145,9 +145,7 @@ class UNet(nn.Module):
         h = nn.silu(_group_norm(config, jnp.float32, "norm_out")(h))
         return _conv(self.out_channels, jnp.float32, "conv_out", scale=NEAR_ZERO)(h)
 
-    def _check(
-        self, x: jax.Array, t: jax.Array, labels: jax.Array | None, train: bool, examples: jax.Array | None
-    ) -> None:
+    def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array | None, train: bool, examples: jax.Array | None) -> None:
         config = self.config
         if x.ndim != 4:
             raise ConfigError(f"x has shape {x.shape}: it must be a batch of images, [b, h, w, c]")

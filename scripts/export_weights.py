@@ -10,9 +10,7 @@ from ddpm_jax.weights.layouts import EXPORTS
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = cli.parser(
-        __doc__, "python scripts/export_weights.py --workdir=runs/cifar10 --layout=diffusers --output=exported"
-    )
+    flags = cli.parser(__doc__, "python scripts/export_weights.py --workdir=runs/cifar10 --layout=diffusers --output=exported")
     cli.add_workdir(flags)
     add = flags.add_argument
     add("--layout", required=True, choices=EXPORTS, help="the code base that shall read them")
@@ -22,9 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--format", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
     options = flags.parse_args(argv)
     trained = open_trained(options.workdir, Devices(), weights=options.weights, step=options.step)
-    file = export_weights(
-        options.layout, trained.config, trained.params, trained.weights, options.output, form=options.format
-    )
+    file = export_weights(options.layout, trained.config, trained.params, trained.weights, options.output, form=options.format)
     print(f"wrote {file}: {trained.weights} of step {trained.step}")
 
 

@@ -7,9 +7,7 @@ from ddpm_jax.curves import plot_curves
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = cli.parser(
-        __doc__, "python scripts/plot_metrics.py --workdir=runs/digits --workdir=runs/cifar10 --output=curves.png"
-    )
+    flags = cli.parser(__doc__, "python scripts/plot_metrics.py --workdir=runs/digits --workdir=runs/cifar10 --output=curves.png")
     flags.add_argument("--workdir", type=Path, required=True, action="append", metavar="DIR", help="a run; repeatable")
     flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png")
     flags.add_argument(

@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.add_argument("--name", help="what config.data.name will say")
     folder.add_argument("--image_size", type=int, metavar="N", help="pixels, after cropping; images are never enlarged")
     folder.add_argument("--channels", type=int, default=3, choices=[1, 3], help="1: grey, 3: RGB (default: 3)")
-    folder.add_argument(
-        "--crop", default="none", choices=["none", "center", "celeba64"], help="before shrinking (default: none)"
-    )
+    folder.add_argument("--crop", default="none", choices=["none", "center", "celeba64"], help="before shrinking (default: none)")
     options = flags.parse_args(argv)
     if options.dataset == "digits":
         print("data set 'digits' comes with scikit-learn: there is nothing to prepare")
@@ -40,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     name = options.name if options.dataset == "folder" else options.dataset
     there = prepare.is_prepared(name, options.data_dir)
     if options.dataset == "folder":
-        path = prepare.prepare_folder(
-            options.source, options.data_dir, name, options.image_size, options.channels, options.crop
-        )
+        path = prepare.prepare_folder(options.source, options.data_dir, name, options.image_size, options.channels, options.crop)
     else:
         path = prepare.prepare(options.dataset, options.data_dir, options.source)
     print(f"data set {name!r} {'was already' if there else 'is'} prepared in {path}: config.data.name={name}")

@@ -145,9 +145,7 @@ def test_prepared_cifar10_is_what_stock_tfds_reads(tmp_path, monkeypatch):
     assert names[0] == "airplane" and names[-1] == "truck"
 
 
-@pytest.mark.parametrize(
-    "damage, message", [("missing", "lacks data_batch_3"), ("altered", "MD5 of data_batch_3 differs")]
-)
+@pytest.mark.parametrize("damage, message", [("missing", "lacks data_batch_3"), ("altered", "MD5 of data_batch_3 differs")])
 def test_cifar10_with_a_bad_batch_names_it(tmp_path, monkeypatch, damage, message):
     blobs = {name: as_pickle(*batch) for name, batch in tiny_cifar(monkeypatch).items()}
     if damage == "missing":
@@ -392,8 +390,7 @@ def test_missing_set_names_the_command():
     with pytest.raises(DataError) as caught:
         load_source(DataConfig(), "nowhere", "train")
     assert str(caught.value) == (
-        "data set 'cifar10' is not prepared in nowhere/: "
-        "run scripts/prepare_data.py --dataset=cifar10 --data_dir=nowhere"
+        "data set 'cifar10' is not prepared in nowhere/: run scripts/prepare_data.py --dataset=cifar10 --data_dir=nowhere"
     )
 
 

@@ -55,9 +55,7 @@ def cubic_with_variance(raw: float) -> Callable:
     return lambda x, t: jnp.concatenate([cubic(x, t), jnp.full(x.shape, raw)], axis=-1)
 
 
-def sample(
-    process: GaussianDiffusion, table: SamplerTable, denoise: Callable, keys: jax.Array, **options
-) -> np.ndarray:
+def sample(process: GaussianDiffusion, table: SamplerTable, denoise: Callable, keys: jax.Array, **options) -> np.ndarray:
     """A whole chain from x_T on."""
 
     def run(keys: jax.Array) -> jax.Array:
@@ -286,9 +284,7 @@ def test_each_sample_goes_through_its_own_span(make: Callable) -> None:
     spans = [(0, T), (3, T), (2, 7), (5, 5), (0, 1)]
     x = initial_noise(keys(5), SHAPE, T)
     first, end = jnp.array(spans).T
-    run = jax.jit(
-        lambda first, end: reverse_chain(process, table, cubic, x, keys(5), span=(first, end)), compiler_options=QUICK
-    )
+    run = jax.jit(lambda first, end: reverse_chain(process, table, cubic, x, keys(5), span=(first, end)), compiler_options=QUICK)
     together = run(first, end)
     np.testing.assert_array_equal(together[3], x[3])
     for i, (start, stop) in enumerate(spans):
@@ -336,9 +332,7 @@ def test_frames_are_the_states_after_their_rows() -> None:
     process, table = GaussianDiffusion(LINEAR), ancestral_table(GaussianDiffusion(LINEAR))
     x, after = initial_noise(keys(3), SHAPE, T), np.array([0, 4, 5, T - 1])
     start = jnp.zeros(3, jnp.int32)
-    until = jax.jit(
-        lambda end: reverse_chain(process, table, cubic, x, keys(3), span=(start, end)), compiler_options=QUICK
-    )
+    until = jax.jit(lambda end: reverse_chain(process, table, cubic, x, keys(3), span=(start, end)), compiler_options=QUICK)
     for what in ("x_t", "x0"):
         record = jax.jit(
             lambda x, what=what: recorded_chain(process, table, cubic, x, keys(3), Frames(what, after)), compiler_options=QUICK

@@ -107,9 +107,7 @@ def test_every_module_has_a_layer_and_imports_downwards():
             below = rest.split(".")[0]
             if top == PACKAGE:
                 assert below in level, f"{path.relative_to(ROOT)} imports {imported}, which is in no layer"
-                assert level[below] <= level[name], (
-                    f"{path.relative_to(ROOT)} imports {imported}, from a layer above its own"
-                )
+                assert level[below] <= level[name], f"{path.relative_to(ROOT)} imports {imported}, from a layer above its own"
 
 
 def test_no_module_needs_itself():
@@ -146,9 +144,7 @@ def test_devices_are_named_in_one_file():
         for node in ast.walk(ast.parse(path.read_text())):
             of_jax = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jax"
             if of_jax and name != "devices":
-                assert node.attr not in names, (
-                    f"{path.relative_to(ROOT)}:{node.lineno}: jax.{node.attr} belongs in devices.py"
-                )
+                assert node.attr not in names, f"{path.relative_to(ROOT)}:{node.lineno}: jax.{node.attr} belongs in devices.py"
 
 
 def test_no_private_modules_of_others():
@@ -227,18 +223,14 @@ def test_the_lock_is_complete():
 def test_the_files_of_extra_requirements_exist_and_parse():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     dynamic = project["tool"]["setuptools"]["dynamic"]
-    files = dynamic["dependencies"]["file"] + [
-        f for extra in dynamic["optional-dependencies"].values() for f in extra["file"]
-    ]
+    files = dynamic["dependencies"]["file"] + [f for extra in dynamic["optional-dependencies"].values() for f in extra["file"]]
     assert sorted(files) == sorted(path.name for path in ROOT.glob("requirements*.txt"))
     for name in files:
         assert requirements(name)
 
 
 def test_the_core_runs_without_tensorflow_and_pytorch():
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in sources(PACKAGE)
-    ]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in sources(PACKAGE)]
     code = (
         f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
         f"print(sorted(set({sorted(OPTIONAL)}) & set(sys.modules)))"
@@ -258,9 +250,7 @@ def test_no_file_is_of_one_machine():
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    machine = re.compile(
-        r"(?<![\w.~])/(?:root|home|Users|work|opt|srv|mnt)/\w|[A-Z]:\\Users|(?:find-links|index-url)[ =]"
-    )
+    machine = re.compile(r"(?<![\w.~])/(?:root|home|Users|work|opt|srv|mnt)/\w|[A-Z]:\\Users|(?:find-links|index-url)[ =]")
     for name in filter(None, names):
         path = ROOT / name
         try:

@@ -252,8 +252,7 @@ def test_elements_lie_where_the_layouts_say():
     assert theirs["pesser"]["conv_in.weight"][5, 1, 0, 2] == ours["conv_in"]["kernel"][0, 2, 1, 5]
     assert theirs["ho"]["conv_in/W"][0, 2, 1, 5] == ours["conv_in"]["kernel"][0, 2, 1, 5]
     assert (
-        theirs["pesser"]["down.1.block.0.nin_shortcut.weight"][40, 3, 0, 0]
-        == ours["down_1_block_0"]["shortcut"]["kernel"][3, 40]
+        theirs["pesser"]["down.1.block.0.nin_shortcut.weight"][40, 3, 0, 0] == ours["down_1_block_0"]["shortcut"]["kernel"][3, 40]
     )
     assert theirs["diffusers"]["mid_block.attentions.0.to_q.weight"][40, 3] == ours["mid_attn"]["q"]["kernel"][3, 40]
     assert theirs["tqch"]["middle.1.project_in.weight"][64 + 40, 3, 0, 0] == ours["mid_attn"]["k"]["kernel"][3, 40]
@@ -316,9 +315,7 @@ def test_a_network_is_recognised_by_its_names(layout, size, model):
         (
             "openai",
             dict(channel_mult=(1, 2, 3, 4), conditioning="scale_shift", attention_resolutions=(64, 32), out=6),
-            dict(
-                image_size=64, schedule="cosine", timesteps=4000, timestep_scale=0.25, heads=4, variance="learned_range"
-            ),
+            dict(image_size=64, schedule="cosine", timesteps=4000, timestep_scale=0.25, heads=4, variance="learned_range"),
         ),
         (
             "openai",
@@ -360,9 +357,7 @@ def test_the_recipe_of_a_published_network_is_found(layout, model, expected, tmp
     for name, value in expected.items():
         (section,) = (section for section in sections if hasattr(section, name))
         assert getattr(section, name) == value, name
-    assert_same(
-        imported.params, read_params(LAYOUTS[layout], imported.config, load_file(tmp_path / "model.safetensors"), "")
-    )
+    assert_same(imported.params, read_params(LAYOUTS[layout], imported.config, load_file(tmp_path / "model.safetensors"), ""))
 
 
 # ---------------------------------------------------------------------------------------------- whole roads
@@ -382,9 +377,7 @@ def test_import_of_an_export_is_the_same_run(layout, tmp_path, capsys):
     assert back.weights == "ema, imported"
     assert back.config.data.image_size == 8
     assert back.config.diffusion == config.diffusion
-    other = (
-        back.config.model if layout != "diffusers" else dataclasses.replace(back.config.model, qkv_layout="separate")
-    )
+    other = back.config.model if layout != "diffusers" else dataclasses.replace(back.config.model, qkv_layout="separate")
     assert other == config.model
     record = json.loads((tmp_path / "back" / "weights.json").read_text())
     assert (
@@ -444,8 +437,7 @@ def test_config_of_a_diffusers_network_there_and_back():
 def test_the_order_of_the_embedding_is_the_one_the_config_names():
     """An absent flip_sin_to_cos is True, the default of the class: [cos, sin]."""
     orders = [
-        diffusers_config.layout_of(unet).embedding_order
-        for unet in ({}, {"flip_sin_to_cos": True}, {"flip_sin_to_cos": False})
+        diffusers_config.layout_of(unet).embedding_order for unet in ({}, {"flip_sin_to_cos": True}, {"flip_sin_to_cos": False})
     ]
     assert orders == ["cos_sin", "cos_sin", "sin_cos"]
 
@@ -535,9 +527,7 @@ def refused(tmp_path: Path, *flags: str, layout: str = "pesser", name: str = "mo
     """The message of an import that must fail, one line, leaving nothing behind."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
-        import_script.main(
-            [f"--layout={layout}", f"--input={tmp_path / name}", f"--workdir={tmp_path / 'run'}", *flags]
-        )
+        import_script.main([f"--layout={layout}", f"--input={tmp_path / name}", f"--workdir={tmp_path / 'run'}", *flags])
     message = str(caught.value)
     assert "\n" not in message
     assert sorted(tmp_path.iterdir()) == before
@@ -618,9 +608,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     """Without PyTorch and TensorFlow their files are refused with what to install."""
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "model.pt").write_bytes(b"anything")
-    assert "needs the package torch: pip install -r requirements-torch.txt, or convert" in refused(
-        tmp_path, name="model.pt"
-    )
+    assert "needs the package torch: pip install -r requirements-torch.txt, or convert" in refused(tmp_path, name="model.pt")
     (tmp_path / "model.ckpt-7.index").write_bytes(b"anything")
     assert "is a TensorFlow checkpoint: pip install -r requirements-tensorflow.txt" in refused(
         tmp_path, layout="ho", name="model.ckpt-7"
@@ -667,9 +655,7 @@ def test_the_stored_table_of_w86763777_is_checked(tmp_path):
 
 def test_a_network_that_a_layout_cannot_express_is_refused(tmp_path):
     config = config_of("pesser", conditioning="scale_shift", heads=2)
-    with pytest.raises(
-        WeightsError, match=r"layout pesser cannot express config.model.heads=2 \(only 1\), config.model.cond"
-    ):
+    with pytest.raises(WeightsError, match=r"layout pesser cannot express config.model.heads=2 \(only 1\), config.model.cond"):
         write_tensors(LAYOUTS["pesser"], config, random_params(config))
     with pytest.raises(WeightsError, match="cannot express config.model.skip_scale"):
         diffusers_config.network_config(config_of("diffusers", skip_scale=0.7))

@@ -39,9 +39,7 @@ class TrainBatches:
       process_count: P, a divisor of B.
     """
 
-    def __init__(
-        self, source: Source, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> None:
+    def __init__(self, source: Source, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> None:
         self._source, self._batch_size = source, batch_size
         self._rows = _host_rows(batch_size, process_index, process_count)
         # A batch touches two epochs, or many where the set is smaller than the batch and permutations cost nothing.
@@ -61,9 +59,7 @@ class TrainBatches:
         return self._source.read(self.indices(step))
 
 
-def eval_batches(
-    source: Source, count: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def eval_batches(source: Source, count: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
     """The first `count` images (all, if there are fewer), once each, in the order of the source.
 
     Yields:

@@ -104,9 +104,7 @@ def parse_idx(blob: bytes) -> np.ndarray:
     shape = struct.unpack_from(f">{axes}I", blob, 4)
     data = np.frombuffer(blob, np.uint8, offset=4 + 4 * axes)
     if data.size != np.prod(shape, dtype=np.int64):
-        raise DataError(
-            f"an idx file {shape} with {data.size} bytes of data is truncated or damaged: download it again"
-        )
+        raise DataError(f"an idx file {shape} with {data.size} bytes of data is truncated or damaged: download it again")
     return data.reshape(shape)
 
 

@@ -245,9 +245,7 @@ def _through_tfds(dataset: str, data_dir: Path, source: str | Path | None) -> No
 def _check_disk(data_dir: Path, mebibytes: int) -> None:
     free = shutil.disk_usage(data_dir).free >> 20
     if free < mebibytes:
-        raise DataError(
-            f"{data_dir}/ has {free} MiB free, the set takes about {mebibytes}: make room or move --data_dir"
-        )
+        raise DataError(f"{data_dir}/ has {free} MiB free, the set takes about {mebibytes}: make room or move --data_dir")
 
 
 def _sweep(dataset: str, data_dir: Path) -> None:

@@ -129,9 +129,7 @@ def _command(name: str, data_dir: str | Path) -> str:
 
 def _padded(picture: Image.Image, size: int, padding: int, name: str) -> np.ndarray:
     if picture.size != (size, size):
-        raise DataError(
-            f"{name} is {picture.width}x{picture.height}, not {size}x{size} as the set says: prepare it anew"
-        )
+        raise DataError(f"{name} is {picture.width}x{picture.height}, not {size}x{size} as the set says: prepare it anew")
     return decoding.pad(decoding.to_pixels(picture), padding)
 
 

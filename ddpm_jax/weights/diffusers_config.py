@@ -37,9 +37,7 @@ def network_facts(path: Path, unet: Mapping[str, Any]) -> dict[str, Any]:
     def only(field: str, *values: Any, default: Any = None) -> None:
         value = unet.get(field, default)
         if value not in values:
-            raise WeightsError(
-                f"{path}: {field}={value!r} has no counterpart here (only {' or '.join(map(repr, values))})"
-            )
+            raise WeightsError(f"{path}: {field}={value!r} has no counterpart here (only {' or '.join(map(repr, values))})")
 
     widths = list(unet.get("block_out_channels", (224, 448, 672, 896)))
     groups = unet.get("norm_num_groups", 32)
@@ -116,9 +114,7 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
         if value is not None and value is not False:
             raise WeightsError(f"{path}: {field} is set, which has no counterpart here")
     if scheduler.get("clip_sample", True) and scheduler.get("clip_sample_range", 1.0) != 1.0:
-        raise WeightsError(
-            f"{path}: clip_sample_range={scheduler['clip_sample_range']}: only 1, the range of the images"
-        )
+        raise WeightsError(f"{path}: clip_sample_range={scheduler['clip_sample_range']}: only 1, the range of the images")
     return {
         "diffusion.timesteps": scheduler.get("num_train_timesteps", 1000),
         "diffusion.schedule": choose("beta_schedule", _SCHEDULES, "linear"),
@@ -149,9 +145,7 @@ def _block_types(path: Path, unet: Mapping[str, Any], levels: int) -> tuple[list
         )
     types = {unet.get("downsample_type", "conv"), unet.get("upsample_type", "conv")}
     if attention and types != {"resnet" if residual else "conv"}:
-        raise WeightsError(
-            f"{path}: downsample_type and upsample_type are {types}: they must both be conv, or both resnet"
-        )
+        raise WeightsError(f"{path}: downsample_type and upsample_type are {types}: they must both be conv, or both resnet")
     return attention, "residual" if residual else "conv"
 
 
@@ -167,9 +161,7 @@ def network_config(config: Config) -> dict[str, Any]:
     check_switches(LAYOUT, config, "layout diffusers cannot express")
     model, plan = config.model, Plan.of(config)
     widths = [model.base_channels * factor for factor in model.channel_mult]
-    with_attention = {widths[level] for level in plan.attention_levels} | (
-        {widths[-1]} if plan.attention_in_mid else set()
-    )
+    with_attention = {widths[level] for level in plan.attention_levels} | ({widths[-1]} if plan.attention_in_mid else set())
     head_dim = model.head_channels or None
     if not head_dim and model.heads > 1:
         if len(with_attention) > 1:

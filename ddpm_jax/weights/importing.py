@@ -195,9 +195,7 @@ def _settle(
             config.data.name, note = _guess_data(path, config)
             notes.append(note)
         assumed = [
-            f"{name}={value}"
-            for name, value in recipe.items()
-            if name.startswith(("model.", "diffusion.")) and name not in given
+            f"{name}={value}" for name, value in recipe.items() if name.startswith(("model.", "diffusion.")) and name not in given
         ]
         notes.append(f"not in the file, from the published recipe: {', '.join(assumed)}")
     facts["model.attention_resolutions"] = architecture.attention_resolutions(config.data.image_size)
@@ -239,9 +237,7 @@ def _settle_diffusers(
             notes.append("process: " + ", ".join(f"{name.split('.')[1]}={value}" for name, value in settings.items()))
             # Of strided chains: where the last step leads to, and a shift of all timesteps.
             ignored = {"set_alpha_to_one": True, "steps_offset": 0}
-            ignored = [
-                f"{name}={scheduler[name]}" for name, usual in ignored.items() if scheduler.get(name, usual) != usual
-            ]
+            ignored = [f"{name}={scheduler[name]}" for name, usual in ignored.items() if scheduler.get(name, usual) != usual]
             notes += [f"not taken over from the scheduler: {', '.join(ignored)}"] if ignored else []
         if config.data.image_size >= 256:
             config.optimizer.learning_rate, config.train.batch_size = 2e-5, 64
@@ -298,9 +294,7 @@ def _guess_data(path: Path, config: Config) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------- raw or averaged
 
 
-def _which_weights(
-    sets: WeightSets, header: str | None, names: str, said: str | None, file: str
-) -> tuple[dict[str, str], str]:
+def _which_weights(sets: WeightSets, header: str | None, names: str, said: str | None, file: str) -> tuple[dict[str, str], str]:
     """What params and ema will hold, for the record, and the sentence to print.
 
     One unlabelled set is what its header says, else what the user says, else averaged if "ema" is a word of its file's name.
@@ -313,9 +307,7 @@ def _which_weights(
         known = {kind for kind in ("raw", "ema") if header.startswith(kind)}
     if said is not None:
         if known not in (set(), {said}):
-            raise WeightsError(
-                f"--weights={said}: {file} says itself what it holds, {' and '.join(sorted(known))} weights"
-            )
+            raise WeightsError(f"--weights={said}: {file} says itself what it holds, {' and '.join(sorted(known))} weights")
         known = {said}
     if not known and header is None and re.search(r"(?<![a-z])ema(?![a-z])", names.lower()):
         known = {"ema"}
@@ -324,14 +316,10 @@ def _which_weights(
     if known == {"ema"}:
         return {"params": "ema", "ema": "ema"}, "weights: averaged (EMA) ones only, taken for the raw ones as well"
     if known == {"raw"}:
-        warning = (
-            "weights: WARNING, raw ones only, taken for the averages (EMA) as well: expect a several times larger FID"
-        )
+        warning = "weights: WARNING, raw ones only, taken for the averages (EMA) as well: expect a several times larger FID"
         return {"params": "raw", "ema": "raw"}, warning
     warning = "weights: WARNING, the file does not say whether they are raw or averaged (EMA), and FID depends on it: "
-    warning += (
-        "google/ddpm-cifar10-32 holds raw ones, ddpm-ema-* averages; --weights=raw or --weights=ema settles the record"
-    )
+    warning += "google/ddpm-cifar10-32 holds raw ones, ddpm-ema-* averages; --weights=raw or --weights=ema settles the record"
     return {"params": "unknown", "ema": "unknown"}, warning
 
 

@@ -167,8 +167,7 @@ def write_tensors(layout: Layout, config: Config, params: Params) -> Tensors:
     flat = {name: np.asarray(array) for name, array in flatten_dict(params, sep="/").items()}
     flat = to_standard(flat, config.model)
     return {
-        entry.theirs: np.ascontiguousarray(entry.write([flat[name] for name in entry.ours]))
-        for entry in entries(layout, config)
+        entry.theirs: np.ascontiguousarray(entry.write([flat[name] for name in entry.ours])) for entry in entries(layout, config)
     }
 
 

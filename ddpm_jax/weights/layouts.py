@@ -6,7 +6,6 @@ from ddpm_jax.weights import diffusers, ermongroup, ho, kimrass, openai, pesser,
 from ddpm_jax.weights.layout import Layout
 
 LAYOUTS: dict[str, Layout] = {
-    module.LAYOUT.name: module.LAYOUT
-    for module in (ho, pesser, ermongroup, diffusers, openai, w86763777, kimrass, tqch)
+    module.LAYOUT.name: module.LAYOUT for module in (ho, pesser, ermongroup, diffusers, openai, w86763777, kimrass, tqch)
 }
 EXPORTS = ("diffusers", "pesser", "openai")

@@ -58,9 +58,7 @@ def recognise(layout: Layout, tensors: Tensors) -> Architecture:
     markers = _markers(layout, plan)
     if score <= len(markers) // 2:
         some = ", ".join(list(tensors)[:3])
-        raise WeightsError(
-            f"is not of layout {layout.name}: its tensors are called {some}, not {', '.join(markers[:3])}"
-        )
+        raise WeightsError(f"is not of layout {layout.name}: its tensors are called {some}, not {', '.join(markers[:3])}")
     where = layout.modules(plan)
 
     def shape(*path: str) -> tuple[int, ...]:
@@ -74,9 +72,7 @@ def recognise(layout: Layout, tensors: Tensors) -> Architecture:
         kernel = shape(*path)
         forms = {4: layout.conv, 2: layout.dense}
         if len(kernel) not in forms:
-            raise WeightsError(
-                f"has {layout.leaf(*path, ours='kernel')} of shape {kernel}: no kernel of layout {layout.name}"
-            )
+            raise WeightsError(f"has {layout.leaf(*path, ours='kernel')} of shape {kernel}: no kernel of layout {layout.name}")
         ours = forms[len(kernel)].read(tensors[layout.leaf(*path, ours="kernel")]).shape
         return ours[-1], ours[-2]
 
@@ -90,9 +86,7 @@ def recognise(layout: Layout, tensors: Tensors) -> Architecture:
     projected = out_in(first, layout.layers["temb_proj"])[0]
     out_channels, in_channels = out_in(where["conv_out"])[0], out_in(where["conv_in"])[1]
     if out_channels not in (in_channels, 2 * in_channels):
-        raise WeightsError(
-            f"maps {in_channels} channels to {out_channels}: neither an image nor an image and its variance"
-        )
+        raise WeightsError(f"maps {in_channels} channels to {out_channels}: neither an image nor an image and its variance")
     labels = where.get("label_embedding")
     labelled = labels is not None and layout.leaf(labels, ours="kernel") in tensors
     return Architecture(

@@ -122,9 +122,7 @@ def tqch_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
     return saved("cifar10_2.pt", {"model": dict(raw), "optimizer": {"state": {}}, "ema": average, **scores})
 
 
-def diffusers_folder(
-    spec: Spec, folder: Path, *, updown: bool = False, old: bool = False, **options: Any
-) -> Checkpoint:
+def diffusers_folder(spec: Spec, folder: Path, *, updown: bool = False, old: bool = False, **options: Any) -> Checkpoint:
     """A UNet2DModel with random weights, saved by DDPMPipeline; or, `old`, as google/ddpm-* lie on the hub."""
     levels = range(len(spec.mult))
     down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if updown else ("DownBlock2D", "UpBlock2D")
@@ -303,10 +301,7 @@ def other_level_order(params: Params) -> Params:
     def other(name: str) -> str:
         return {"up_0": "up_1", "up_1": "up_0"}[name[:4]] + name[4:]
 
-    return {
-        name: params[other(name)] if name.startswith("up_") and "upsample" not in name else x
-        for name, x in params.items()
-    }
+    return {name: params[other(name)] if name.startswith("up_") and "upsample" not in name else x for name, x in params.items()}
 
 
 def flips(config: Config) -> dict[str, dict[str, Any]]:

@@ -114,9 +114,7 @@ def test_every_variance_type(theirs, steps, monkeypatch):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-@pytest.mark.parametrize(
-    "spacing, steps", [("leading", 50), ("leading", 7), ("trailing", 50), ("trailing", 7), ("linspace", 13)]
-)
+@pytest.mark.parametrize("spacing, steps", [("leading", 50), ("leading", 7), ("trailing", 50), ("trailing", 7), ("linspace", 13)])
 def test_every_spacing(spacing, steps, variance, monkeypatch):
     """Spacing trailing ends at t > 0, where diffusers adds noise to the finished image, but for fixed_small."""
     network, reference = made_up_network(6 if variance == "learned_range" else 3)
@@ -131,9 +129,7 @@ def test_every_spacing(spacing, steps, variance, monkeypatch):
         assert as_shipped < TOLERANCE
 
 
-def ddim_of_diffusers(
-    network: Callable, spacing: str, steps: int, eta: float, rederive: bool, gaps: bool = False
-) -> np.ndarray:
+def ddim_of_diffusers(network: Callable, spacing: str, steps: int, eta: float, rederive: bool, gaps: bool = False) -> np.ndarray:
     """`gaps`: each step leads to the timestep that comes next, in place of one T // steps earlier."""
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
@@ -144,9 +140,7 @@ def ddim_of_diffusers(
             scheduler.num_inference_steps = 1
             scheduler.register_to_config(num_train_timesteps=t - following)
         drawn = first(noise(t)) if eta else None
-        x = scheduler.step(
-            network(x, t), t, x, eta, use_clipped_model_output=rederive, variance_noise=drawn
-        ).prev_sample
+        x = scheduler.step(network(x, t), t, x, eta, use_clipped_model_output=rederive, variance_noise=drawn).prev_sample
     return last(x)
 
 
@@ -272,8 +266,7 @@ def test_a_model_trained_here_draws_the_same_images_in_ddpm_pipeline(trained_run
 
     keys = jax.vmap(lambda i: jax.random.fold_in(stream_key(3, Stream.SAMPLES), i))(jnp.asarray(indices, jnp.uint32))
     draws = iter(
-        first(np.asarray(initial_noise(keys, ours.shape[1:], t)))
-        for t in range(trained.config.diffusion.timesteps, 0, -1)
+        first(np.asarray(initial_noise(keys, ours.shape[1:], t))) for t in range(trained.config.diffusion.timesteps, 0, -1)
     )
     for module in (pipeline_module, ddpm_module):
         monkeypatch.setattr(module, "randn_tensor", lambda *shape, **options: next(draws))

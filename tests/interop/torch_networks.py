@@ -180,9 +180,7 @@ def tqch(v: Variables, x, t, s: Spec):
     emb = linear(v, "embed.2", swish(linear(v, "embed.0", sin_cos(t, s.ch), 4 * s.ch)), 4 * s.ch)
 
     def attend(prefix, h):
-        q, k, value = conv(v, f"{prefix}.project_in", norm(v, f"{prefix}.norm", h, 1e-6), 3 * h.shape[1], size=1).chunk(
-            3, 1
-        )
+        q, k, value = conv(v, f"{prefix}.project_in", norm(v, f"{prefix}.norm", h, 1e-6), 3 * h.shape[1], size=1).chunk(3, 1)
         return h + conv(v, f"{prefix}.project_out", one_head(q, k, value), h.shape[1], size=1)
 
     def block(prefix, h, width, level):
@@ -306,9 +304,7 @@ def ho(v: Variables, x, t, s: Spec):
         c = x.shape[-1]
         groups = x.reshape(x.shape[0], -1, 32, c // 32)
         mean, var = groups.mean((1, 3), keepdim=True), groups.var((1, 3), unbiased=False, keepdim=True)
-        return ((groups - mean) / torch.sqrt(var + 1e-6)).reshape(x.shape) * v(f"{name}/gamma", c, mean=1) + v(
-            f"{name}/beta", c
-        )
+        return ((groups - mean) / torch.sqrt(var + 1e-6)).reshape(x.shape) * v(f"{name}/gamma", c, mean=1) + v(f"{name}/beta", c)
 
     def res(name, x, out):
         h = conv2d(f"{name}/conv1", swish(normalize(f"{name}/norm1", x)), out)
@@ -338,7 +334,5 @@ def ho(v: Variables, x, t, s: Spec):
             h = res(f"model/up_{level}/block_{block}", torch.cat([h, stack.pop()], dim=-1), s.ch * s.mult[level])
             h = attend(f"model/up_{level}/attn_{block}", h) if level in s.attention else h
         if level:
-            h = conv2d(
-                f"model/up_{level}/upsample/conv", h.repeat_interleave(2, 1).repeat_interleave(2, 2), h.shape[-1]
-            )
+            h = conv2d(f"model/up_{level}/upsample/conv", h.repeat_interleave(2, 1).repeat_interleave(2, 2), h.shape[-1])
     return conv2d("model/conv_out", swish(normalize("model/norm_out", h)), s.out).permute(0, 3, 1, 2)
