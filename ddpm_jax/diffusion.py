@@ -187,6 +187,11 @@ def reverse_log_variance(diffusion: GaussianDiffusion, raw: jax.Array | None, t:
         return raw
     low = extract(schedule.posterior_log_variance_clipped, t, ndim)
     high = extract(np.log(schedule.betas), t, ndim)
+    return log_variance_in_range(raw, low, high)
+
+
+def log_variance_in_range(raw: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`learned_range`: the log-variance at (raw+1)/2 of the way from `low` to `high`, Nichol & Dhariwal 2021, eq. 15."""
     return low + (raw + 1) / 2 * (high - low)
 
 

@@ -102,7 +102,7 @@ class Stepper:
             return row["s"]
         assert raw is not None
         low, high = row["log_variance_low"], row["log_variance_high"]
-        log_variance = raw if self.process.variance == "learned" else low + (raw + 1) / 2 * (high - low)
+        log_variance = raw if self.process.variance == "learned" else d.log_variance_in_range(raw, low, high)
         return row["s"] * jnp.exp(0.5 * log_variance)
 
 
