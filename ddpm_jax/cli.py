@@ -35,7 +35,7 @@ def add_data_dir(flags: argparse.ArgumentParser) -> None:
 
 
 def add_config(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
-    flags.add_argument("--config", type=Path, required=required, metavar="FILE", help="a file of configs/")
+    flags.add_argument("--config", required=required, metavar="FILE", help="of configs/, FILE:VARIANT, or a config.json")
     flags.add_argument_group("config fields").add_argument(
         "--config.SECTION.FIELD", metavar="VALUE", help="override one field, e.g. --config.train.steps=1000; repeatable"
     )

@@ -1,6 +1,7 @@
 """Everything a run is, as nested dataclasses.
 
-A file `configs/NAME.py` has one function, `get_config() -> Config`. Command lines override single fields by path
+A file `configs/NAME.py` has one function, `get_config() -> Config`; that of a family, such as the rows of a table, lists them in
+`VARIANTS`, and `configs/NAME.py:VARIANT` is `get_config(VARIANT)`. Command lines override single fields by path
 (`--config.optimizer.learning_rate=1e-4`), run directories keep the result as config.json, and both come back through the
 same typed door: a misspelt field, a wrong type or an impossible value raises ConfigError, a one-line message that names the
 field and what it accepts. The annotation of a field is its contract: `Literal` lists the choices.
@@ -151,30 +152,47 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Config:
-    """The config of `configs/NAME.py` with `section.field=value` overrides applied, checked.
+    """The config of `configs/NAME.py`, `configs/NAME.py:VARIANT` or a run's config.json, with `section.field=value` overrides.
 
     Raises:
-      ConfigError: no such file, no `get_config`, or anything `override` and `validate` refuse.
+      ConfigError: no such file or variant, no `get_config`, or anything `override` and `validate` refuse.
     """
-    path = Path(path)
-    if not path.is_file():
+    name, _, variant = str(path).partition(":")
+    if not Path(name).is_file():
         raise ConfigError(f"--config={path}: no such file; the ready ones are in configs/")
-    spec = importlib.util.spec_from_file_location(f"ddpm_jax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except ConfigError:
-        raise
-    except Exception as error:  # the file is the user's program: whatever it raises is a fault of the file
-        raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"--config={path}: get_config() must return a ddpm_jax.config.Config, not {type(config).__name__}")
+    config = _from_json(Path(name)) if name.endswith(".json") else _from_python(Path(name), variant)
     for item in overrides:
         override(config, item)
     return validate(config)
+
+
+def _from_json(path: Path) -> Config:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--config={path}: not JSON: {error}") from error
+    return from_dict(values, f"--config={path}")
+
+
+def _from_python(path: Path, variant: str) -> Config:
+    what = f"--config={path}"
+    spec = importlib.util.spec_from_file_location(f"ddpm_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{what}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        variants = getattr(module, "VARIANTS", ())
+        if variant not in (variants or ("",)):
+            raise ConfigError(f"{what}:VARIANT, one of {', '.join(variants)}" if variants else f"{what} has no variants")
+        config = module.get_config(variant) if variants else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's program: whatever it raises is a fault of the file
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{what}: get_config() must return a ddpm_jax.config.Config, not {type(config).__name__}")
+    return config
 
 
 def override(config: Config, item: str) -> None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from ddpm_jax import config as c
 from ddpm_jax.build import abstract_params, build_process
 from ddpm_jax.config import Config, ConfigError, load_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "configs"
+
+
+def every_config() -> list[str]:
+    """Each file of configs/, each variant of a family."""
+    names = []
+    for path in sorted(FOLDER.glob("*.py")):
+        variants = runpy.run_path(str(path)).get("VARIANTS", ())
+        names += [f"{path.name}:{variant}" for variant in variants] or [path.name]
+    return names
 
 
 @functools.cache
-def parameter_count(path: Path) -> int:
+def parameter_count(path: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(load_config(path))))
 
 
@@ -28,13 +39,13 @@ def overridden(*items: str) -> Config:
     return c.validate(config)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_loads_and_its_network_can_be_built(path):
-    config = load_config(path)
-    build_process(config)
-    assert parameter_count(path) > 1_000_000
-    header = path.read_text().split('"""')[1]
-    for part in ("Command:", "Hardware:", "Expect:", "Source:", f"configs/{path.name}"):
+@pytest.mark.parametrize("name", every_config())
+def test_every_config_loads_and_its_network_can_be_built(name):
+    path, _, variant = f"{FOLDER / name}".partition(":")
+    build_process(load_config(f"{FOLDER / name}"))
+    assert parameter_count(f"{FOLDER / name}") > 1_000_000
+    header = Path(path).read_text().split('"""')[1]
+    for part in ("Command:", "Hardware:", "Expect:", "Source:", f"configs/{Path(path).name}", variant):
         assert part in header
 
 
@@ -50,7 +61,7 @@ def test_every_config_file_loads_and_its_network_can_be_built(path):
     ],
 )
 def test_recipes_are_the_papers(name, parameters, rate, batch, steps, variance, dropout):
-    path = CONFIGS[0].with_name(f"{name}.py")
+    path = f"{FOLDER / name}.py"
     config = load_config(path)
     assert parameter_count(path) == parameters
     assert (config.optimizer.learning_rate, config.train.batch_size, config.train.steps) == (rate, batch, steps)
@@ -59,6 +70,48 @@ def test_recipes_are_the_papers(name, parameters, rate, batch, steps, variance, 
     assert (config.optimizer.warmup_steps, config.optimizer.gradient_clip) == (5000, 1.0)
     assert config.train.ema_decays == (0.9999,) and not config.train.ema_warmup
     assert config.data.flip == (name != "lsun_bedroom")  # "all sets but LSUN Bedroom", appendix B
+
+
+def test_table_2_ends_in_the_papers_choice():
+    chosen, papers = load_config(f"{FOLDER}/table2.py:eps_simple"), load_config(FOLDER / "cifar10.py")
+    assert c.differences(chosen, papers) == []
+    assert c.differences(load_config(f"{FOLDER}/table2.py:mu_l_learned"), papers) == [
+        "diffusion.prediction: 'mu' -> 'eps'",
+        "diffusion.variance: 'learned' -> 'fixed_large'",
+        "loss.kind: 'vlb' -> 'simple'",
+    ]
+
+
+def test_improved_ddpm_is_the_published_network():
+    """52,546,438 parameters with the variance, as the released checkpoints of 52.5 M have; timesteps enter as 0..1000."""
+    assert parameter_count(f"{FOLDER}/improved_ddpm.py:4k_cosine_hybrid") == 52_546_438
+    config = load_config(f"{FOLDER}/improved_ddpm.py:4k_cosine_vlb")
+    assert config.model.timestep_scale * config.diffusion.timesteps == 1000
+    start, step = np.pi / 2 * np.array([0.008, 1 / 4000]) / 1.008  # beta_0 = 1 - cos^2(start + step) / cos^2(start), expanded
+    assert build_process(config).schedule.betas[0] == pytest.approx(2 * np.tan(start) * step + step**2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("table2.py:eps", "table2.py:VARIANT, one of mu_l_learned, mu_l_fixed"),
+        ("table2.py", "table2.py:VARIANT, one of mu_l_learned, mu_l_fixed"),
+        ("cifar10.py:small", "cifar10.py has no variants"),
+    ],
+)
+def test_variants_are_named(name, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(f"{FOLDER / name}")
+    assert said in str(caught.value)
+
+
+def test_a_runs_own_config_is_a_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(c.save_json(overridden("train.steps=7")))
+    assert load_config(path, ["seed=3"]) == overridden("train.steps=7", "seed=3")
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json: not JSON"):
+        load_config(path)
 
 
 def test_overrides_are_typed():
