@@ -1,16 +1,19 @@
-"""A trained network, opened from its run directory: what sampling and evaluation start from."""
+"""A trained network, opened from its run directory: what sampling and evaluation start from. And run directories of imports."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from ddpm_jax.build import Params
 from ddpm_jax.checkpoints import Checkpoints, WorkdirError, load_workdir_config
 from ddpm_jax.config import Config
 from ddpm_jax.devices import Devices
-from ddpm_jax.training import abstract_state, ema_name
-from ddpm_jax.weights.workdir import imported_weights
+from ddpm_jax.training import abstract_state, ema_name, init_state
+from ddpm_jax.weights.importing import Imported
+from ddpm_jax.weights.workdir import imported_weights, write_workdir
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,10 @@ def open_trained(workdir: Path, devices: Devices, *, weights: str = "ema", step:
     if int(state.step) == 0:  # after training, the averages are averages whatever they began as
         label = imported_weights(workdir, "params" if name == "raw" else "ema") or label
     return Trained(config, params, label, int(state.step))
+
+
+def save_imported(workdir: Path, imported: Imported) -> None:
+    """The run directory of imported weights, at step 0; WorkdirError as `write_workdir`."""
+    state = init_state(imported.config, imported.params)
+    state = state.replace(ema={name: imported.ema for name in state.ema})
+    write_workdir(workdir, imported.config, jax.device_put(state), imported.record)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ddpm_jax import cli
 from ddpm_jax.devices import Devices
 from ddpm_jax.trained import open_trained
-from ddpm_jax.weights.exporting import FORMATS, export_weights
+from ddpm_jax.weights.exporting import DTYPES, FORMATS, export_weights
 from ddpm_jax.weights.layouts import EXPORTS
 
 
@@ -18,9 +18,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--weights", default="ema", metavar="NAME", help="ema, raw, or a decay such as 0.9999 (default: ema)")
     add("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
     add("--format", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the numbers in the file (default: {DTYPES[0]})")
     options = flags.parse_args(argv)
     trained = open_trained(options.workdir, Devices(), weights=options.weights, step=options.step)
-    file = export_weights(options.layout, trained.config, trained.params, trained.weights, options.output, form=options.format)
+    file = export_weights(
+        options.layout,
+        trained.config,
+        trained.params,
+        trained.weights,
+        options.output,
+        form=options.format,
+        dtype=options.dtype,
+    )
     print(f"wrote {file}: {trained.weights} of step {trained.step}")
 
 

@@ -1,18 +1,16 @@
 """Make a run directory from a published checkpoint; sample.py, evaluate.py and train.py then work on it as on any other.
 
 What the file does not say comes from the published recipe of its layout and is printed; --config and its overrides replace it.
-Nothing in the file is executed. To fine-tune, give here the --config that train.py will be given.
+Nothing in the file is executed. To fine-tune: train.py --config=WORKDIR/config.json --workdir=WORKDIR.
 """
 
 from pathlib import Path
 
-import jax
-
 from ddpm_jax import cli
-from ddpm_jax.training import init_state
+from ddpm_jax.trained import save_imported
 from ddpm_jax.weights.importing import import_weights
 from ddpm_jax.weights.layouts import LAYOUTS
-from ddpm_jax.weights.workdir import check_free, write_workdir
+from ddpm_jax.weights.workdir import check_free
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,9 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for message in imported.messages:
         print(message)
-    state = init_state(imported.config, imported.params)
-    state = state.replace(ema={name: imported.ema for name in state.ema})
-    write_workdir(options.workdir, imported.config, jax.device_put(state), imported.record)
+    save_imported(options.workdir, imported)
     print(f"wrote {options.workdir}")
 
 

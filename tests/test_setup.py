@@ -37,8 +37,8 @@ LAYERS = [
         "progressive",
     },
     {"unet", "config", "build"},
-    {"devices", "checkpoints", "data", "weights", "writers", "images", "shards"},
-    {"training", "loop", "generate", "trained", "evaluation", "galleries", "compression", "curves"},
+    {"hosts", "devices", "checkpoints", "data", "weights", "writers", "images", "shards"},
+    {"training", "loop", "generate", "trained", "pretrained", "evaluation", "galleries", "compression", "curves"},
     {"cli"},
 ]
 LEAVES, MATHS = LAYERS[:2]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from ddpm_jax import pretrained
 from ddpm_jax.build import abstract_params, build_model, init_params
 from ddpm_jax.checkpoints import WorkdirError
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, TrainConfig, UNetConfig, save_json
@@ -26,6 +28,7 @@ from ddpm_jax.training import init_state
 from ddpm_jax.unet import timestep_embedding
 from ddpm_jax.weights import diffusers_config, files, forms, workdir
 from ddpm_jax.weights.errors import WeightsError
+from ddpm_jax.weights.exporting import export_weights
 from ddpm_jax.weights.importing import import_weights
 from ddpm_jax.weights.layout import entries, read_params, write_tensors
 from ddpm_jax.weights.layouts import EXPORTS, LAYOUTS
@@ -391,18 +394,13 @@ def test_import_of_an_export_is_the_same_run(layout, tmp_path, capsys):
 
 
 def test_an_imported_run_samples_and_trains(tmp_path, capsys):
-    """With the scripts as they are: sampling needs nothing but the folder, fine-tuning the config that the import was given."""
+    """Sampling needs nothing but the folder, and training goes on with the config that lies in it."""
     config = config_of("pesser", channels=1, channel_mult=(1,), attention_resolutions=(8,), group_norm_groups=32)
     config.data.name, config.data.flip = "digits", False
     config.diffusion = DiffusionConfig(timesteps=20)
     config.train = TrainConfig(steps=2, batch_size=8, eval_images=0, sample_every=0)
-    settings = tmp_path / "finetune.py"
-    values = tmp_path / "config.json"
-    values.write_text(save_json(config))
-    settings.write_text(
-        "import json, pathlib\nfrom ddpm_jax.config import from_dict\n"
-        f"def get_config():\n    return from_dict(json.loads(pathlib.Path({str(values)!r}).read_text()))\n"
-    )
+    settings = tmp_path / "config.json"
+    settings.write_text(save_json(config))
     params = random_params(config)
     save_file(write_tensors(LAYOUTS["pesser"], config, params), tmp_path / "ema_model.safetensors")
     run = tmp_path / "run"
@@ -411,7 +409,7 @@ def test_an_imported_run_samples_and_trains(tmp_path, capsys):
     sample_script.main([f"--workdir={run}", f"--output={tmp_path / 'grid.png'}", "--num_images=8", "--steps=2"])
     assert "8 samples of ema, imported, step 0" in capsys.readouterr().out
     assert (tmp_path / "grid.png").stat().st_size > 100
-    assert train_script.main([f"--config={settings}", f"--workdir={run}"]) == 0
+    assert train_script.main([f"--config={run / 'config.json'}", f"--workdir={run}"]) == 0
     after = open_trained(run, Devices())
     assert (after.step, after.weights) == (2, "ema 0.9999")
     # An average of 0.9999 after two steps is still the imported one to four digits: training went on from it, not anew.
@@ -451,6 +449,48 @@ def test_half_precision_is_read_exactly(tmp_path):
         save_file({key: value.astype(dtype) for key, value in tensors.items()}, path)
         imported = import_weights("pesser", path, overrides=["data.image_size=8"])
         assert_same(imported.params, params)
+
+
+def test_bfloat16_halves_an_export_and_rounds_to_eight_bits(tmp_path):
+    config, sizes = config_of("pesser", channels=1), {}
+    params = random_params(config)
+    for dtype in ("float32", "bfloat16"):
+        file = export_weights("pesser", config, params, "ema 0.9", tmp_path / dtype, dtype=dtype)
+        sizes[dtype] = sum(tensor.nbytes for tensor in load_file(file).values())
+    assert sizes["bfloat16"] * 2 == sizes["float32"]
+    back = import_weights("pesser", file)
+    assert back.config == config
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(back.ema)):
+        assert after.dtype == np.float32
+        np.testing.assert_allclose(after, before, rtol=2**-8, atol=0)
+    with pytest.raises(WeightsError, match="--dtype=bfloat16: only --format=safetensors"):
+        export_weights("pesser", config, params, "raw", tmp_path / "no", form="torch", dtype="bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------- weights that ship
+
+
+def test_a_shipped_network_becomes_a_run_once(tmp_path, monkeypatch):
+    config, devices = config_of("pesser", channels=1), Devices(jax.devices()[:2])
+    monkeypatch.setattr(pretrained, "SHIPPED", tmp_path / "shipped")
+
+    def ship(seed: int) -> dict:
+        params = random_params(config, seed)
+        shutil.rmtree(tmp_path / "shipped" / "dots", ignore_errors=True)
+        file = export_weights("pesser", config, params, "ema 0.9", tmp_path / "shipped" / "dots")
+        file.rename(file.with_name("weights.safetensors"))
+        return params
+
+    first = ship(0)
+    run = pretrained.unpack("dots", devices, tmp_path / "runs")
+    assert_same(open_trained(run, devices).params, first)
+    assert open_trained(run, devices).weights == "ema, imported"
+    (run / "samples").mkdir()
+    assert pretrained.unpack("dots", devices, tmp_path / "runs") == run and (run / "samples").is_dir()
+    second = ship(1)  # a new version of the code brings other weights
+    assert_same(open_trained(pretrained.unpack("dots", devices, tmp_path / "runs"), devices).params, second)
+    with pytest.raises(WorkdirError, match="--pretrained=cats: one of dots"):
+        pretrained.unpack("cats", devices, tmp_path / "runs")
 
 
 # ---------------------------------------------------------------------------------------------- raw or averaged

@@ -53,7 +53,7 @@ def import_weights(
     layout_name: str,
     path: Path,
     *,
-    config_file: Path | None = None,
+    config_file: str | Path | None = None,
     overrides: Iterable[str] = (),
     weights: str | None = None,
 ) -> Imported:
@@ -160,7 +160,7 @@ def _settle(
     architecture: Architecture,
     source: files.Source,
     path: Path,
-    config_file: Path | None,
+    config_file: str | Path | None,
     overrides: list[str],
 ) -> tuple[Config, list[str]]:
     """The config of a layout that does not name its settings, and what was assumed."""
@@ -215,7 +215,7 @@ def _settle_diffusers(
     scheduler_file: Path | None,
     scheduler: Mapping[str, Any] | None,
     path: Path,
-    config_file: Path | None,
+    config_file: str | Path | None,
     overrides: list[str],
 ) -> tuple[Config, list[str]]:
     """The config of a diffusers folder, which names everything; `config_file` supplies what is not the network's."""
