@@ -1,8 +1,10 @@
 """Run directories: config.json, and checkpoints/ through Orbax.
 
 A run directory describes itself: every command needs only `--workdir`. A checkpoint is complete or absent (Orbax renames a
-finished folder into place), a resumed run repeats the interrupted one bit for bit, and nothing here deletes what it could
-not read.
+finished folder into place, and out of it before it is deleted) and carries the SHA-256 of what it holds, a resumed run repeats
+the interrupted one bit for bit, and nothing here deletes what it could not read.
+
+On several hosts every method is called by all of them; they share the disk.
 """
 
 from __future__ import annotations
@@ -10,19 +12,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ddpm_jax import config as configs
+from ddpm_jax import hosts
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
@@ -35,12 +44,17 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.keep_best",
     "train.sample_every",
     "train.sample_images",
     "train.max_nonfinite_steps",
     "sampling.",
     "data.in_memory",
 )
+
+
+REMOVED = "removed"  # inside checkpoints/: what is about to be deleted
+HELD_OUT = "held_out_loss"
 
 
 class WorkdirError(UserError):
@@ -107,35 +121,54 @@ def load_workdir_config(workdir: Path) -> Config:
     return configs.from_dict(values, str(path))
 
 
+class LowestLoss(policies.PreservationPolicy):
+    """Keeps the `count` checkpoints with the lowest of `losses`, of those that have one."""
+
+    def __init__(self, count: int, losses: dict[int, float]) -> None:
+        self._count, self._losses = count, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((step for step in steps if step in self._losses), key=self._losses.__getitem__)
+        return [step in ranked[: self._count] for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run directory, newest last; a context manager that waits for saves under way.
 
     Args:
-      keep: how many of the newest are kept. keep_every: besides, every one whose step it divides (0: none).
+      keep: how many of the newest are kept. keep_every: besides, every one whose step it divides (0: none). keep_best: besides,
+        so many with the lowest held-out loss.
+      writable: False for a look without a trace, also while another process trains there.
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 3, keep_every: int = 0) -> None:
+    def __init__(self, workdir: Path, *, keep: int = 3, keep_every: int = 0, keep_best: int = 0, writable: bool = True) -> None:
         self.folder = (workdir / "checkpoints").absolute()
-        self._failed = False
-        preserved: list[Any] = [policies.LatestN(keep)]
-        if keep_every:
-            preserved.append(policies.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(preserved),
+        self._writable, self._failed = writable, False
+        self._losses: dict[int, float] = {}
+        options: dict[str, Any] = {"read_only": True}
+        if writable:
+            preserved = [policies.LatestN(keep), LowestLoss(keep_best, self._losses)]
+            preserved += [policies.EveryNSteps(keep_every)] if keep_every else []
+            options = {
+                "preservation_policy": policies.AnyPreservationPolicy(preserved),
                 # Whether to save is the training loop's decision.
-                save_decision_policy=policies.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,  # what a killed run left half-written
-            ),
-        )
+                "save_decision_policy": policies.FixedIntervalPolicy(1),
+                "todelete_subdir": REMOVED,
+            }
+            self._tidy(f"*{ocp.utils.TMP_DIR_SUFFIX}*", REMOVED)  # what a killed run left half-written or half-deleted
+            hosts.barrier("tidied")
+        # Lightweight: a damaged checkpoint must not keep us from opening the others.
+        options = ocp.CheckpointManagerOptions(lightweight_initialize=True, **options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._losses |= self._saved_losses() if keep_best else {}
 
     @classmethod
     def reading(cls, workdir: Path) -> Checkpoints:
         """For a look without a trace: nothing is created where there is nothing."""
         if not (workdir / "checkpoints").is_dir():
             raise WorkdirError(f"--workdir={workdir}: no checkpoint yet; train one with scripts/train.py")
-        return cls(workdir)
+        return cls(workdir, writable=False)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -143,12 +176,22 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         if not self._failed:  # closing waits for the saves under way, and would raise the same failure again
             self._manager.close()
+            if self._writable:
+                self._tidy(REMOVED)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any) -> None:
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss of those that are there; None where none was measured."""
+        losses = self._saved_losses()
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def save(self, step: int, state: Any, held_out: float | None = None) -> None:
         """Starts writing `state` as checkpoint `step`; training may go on at once, also with a donated state.
+
+        Args:
+          held_out: the held-out loss at this step, if it was measured.
 
         Raises:
           WorkdirError: this save, or one still under way, cannot be written; the checkpoints before it stay as they are.
@@ -156,22 +199,34 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         with self._saving(step):
-            # Asked first, because a write that fails half-way is told by the storage library's threads in a hundred lines.
+            self._manager.wait_until_finished()
+            self._tidy(REMOVED)
+            # Asked first, because a write that fails half-way has cost the time of all hosts.
             needed = 1_000_000 + 1.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free on this disk")
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            about: dict[str, Any] = {"sha256": content_hash(state)}
+            if held_out is not None and np.isfinite(held_out):
+                about[HELD_OUT] = self._losses[step] = float(held_out)
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=about, force=True)
 
     def wait(self) -> None:
         """Returns when every save has ended; WorkdirError as in `save`."""
         with self._saving(None):
             self._manager.wait_until_finished()
 
+    def _tidy(self, *patterns: str) -> None:
+        """Deletes for good what is no checkpoint any more, or not yet; by its own name it would look like one."""
+        if jax.process_index() == 0:
+            for path in (path for pattern in patterns for path in self.folder.glob(pattern)):
+                shutil.rmtree(path, ignore_errors=True)
+
     @contextlib.contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
         try:
-            yield
+            with quiet_threads():
+                yield
         except Exception as error:  # from a thread and a storage library of Orbax's, under many names
             self._failed = True
             whole = [other for other in self.steps() if other != step]
@@ -197,13 +252,42 @@ class Checkpoints:
         if step not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise WorkdirError(f"{self.folder}: no checkpoint of step {step}; there are: {have}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            with quiet_threads():
+                return self._read(like, step)
         except Exception as error:  # Orbax raises whatever its storage layer raised; the cause is kept and quoted
-            before = [other for other in steps if other < step]
-            remedy = f"go on from the one before with --step={before[-1]}" if before else "there is none before it"
-            raise WorkdirError(f"checkpoint {step} in {self.folder} cannot be read ({reason(error)}); {remedy}") from error
+            before = (other for other in reversed(steps) if other < step)
+            whole = next((other for other in before if self._is_whole(like, other)), None)
+            remedy = "no other before it can be read" if whole is None else f"go on from the one before with --step={whole}"
+            damaged = WorkdirError(f"checkpoint {step} in {self.folder} cannot be read ({reason(error)}); {remedy}")
+            damaged.step = whole
+            raise damaged from error
+
+    def _read(self, like: Any, step: int) -> Any:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        saved = self._about(step).get("sha256")  # those of earlier versions have none
+        if saved not in (None, content_hash(state)):
+            raise ValueError("its content is not what was saved")
+        return state
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return self._manager.metadata(step).custom_metadata or {}
+
+    def _saved_losses(self) -> dict[int, float]:
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # a damaged one, in Orbax's many words, is not the best
+                losses[step] = self._about(step)[HELD_OUT]
+        return losses
+
+    def _is_whole(self, like: Any, step: int) -> bool:
+        try:
+            with quiet_threads():
+                self._read(like, step)
+        except Exception:  # as above; what is asked is only whether
+            return False
+        return True
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves checkpoints newer than `step` to checkpoints.aside/, so that a run can go on from `step`; their steps."""
@@ -216,8 +300,45 @@ class Checkpoints:
                 if target.exists():
                     shutil.rmtree(target)
                 shutil.move(self.folder / str(other), target)
+        hosts.barrier("set_aside")
         self._manager.reload()
         return newer
+
+
+def content_hash(state: Any) -> str:
+    """The SHA-256 of a tree of arrays: of the paths, types, shapes and bytes of its leaves.
+
+    Compression and index of the files on disk are not all covered by checksums; a flipped bit could come back as a weight.
+    """
+
+    def of_leaf(item: tuple[Any, Any]) -> bytes:
+        path, leaf = item
+        array = np.asarray(leaf)
+        digest = hashlib.sha256(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+        leaves = list(pool.map(of_leaf, jax.tree_util.tree_leaves_with_path(state)))
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """No tracebacks from the storage library's threads, a hundred lines where a disk is full: the caller has the same error."""
+
+    def silent(failure: object) -> None:
+        pass
+
+    before = threading.excepthook, sys.unraisablehook
+    threading.excepthook, sys.unraisablehook = silent, silent
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)  # the other threads fail within milliseconds of the first
+        raise
+    finally:
+        threading.excepthook, sys.unraisablehook = before
 
 
 def reason(error: BaseException) -> str:

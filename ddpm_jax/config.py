@@ -115,6 +115,7 @@ class TrainConfig:
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3  # newest ones kept
     keep_every: int = 0  # besides, every checkpoint whose step it divides; 0: none
+    keep_best: int = 0  # besides, so many with the lowest held-out loss; 0: none
     sample_every: int = 20_000  # a grid in workdir/samples; 0 switches it off
     sample_images: int = 64
 
@@ -192,7 +193,7 @@ def _from_python(path: Path, variant: str) -> Config:
         raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{what}: get_config() must return a ddpm_jax.config.Config, not {type(config).__name__}")
-    return config
+    return _build(Config, to_dict(config), "", what)  # Python checks no types, this does
 
 
 def override(config: Config, item: str) -> None:
@@ -323,6 +324,9 @@ def validate(config: Config) -> Config:
     optimizer, train, loss = config.optimizer, config.train, config.loss
 
     require(0 <= config.seed < 2**32, "seed", "must be in 0..2^32-1")
+    for section, holder in vars(config).items():
+        for name, value in vars(holder).items() if dataclasses.is_dataclass(holder) else ():
+            require(type(value) is not int or value < 2**31, f"{section}.{name}", "must be below 2^31")
 
     require(data.image_size >= 1, "data.image_size", "must be at least 1")
     require(data.channels in (1, 3), "data.channels", "must be 1 (grey) or 3 (RGB)")
@@ -407,8 +411,14 @@ def validate(config: Config) -> Config:
         require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
     for name in ("checkpoint_every", "keep_checkpoints", "sample_images"):
         require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
-    for name in ("eval_images", "keep_every", "sample_every"):
+    for name in ("eval_images", "keep_every", "keep_best", "sample_every"):
         require(getattr(train, name) >= 0, f"train.{name}", "must be at least 0")
+    measured = train.eval_images > 0 and train.checkpoint_every % train.eval_every == 0
+    require(
+        not train.keep_best or measured,
+        "train.keep_best",
+        "needs a held-out loss for each checkpoint: train.eval_images, and an eval_every that divides checkpoint_every",
+    )
     require(
         train.batch_size % train.accumulation == 0,
         "train.batch_size",

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import hosts
 from ddpm_jax.config import ConfigError
 
 AXIS = "batch"  # the name of the one mapped axis: data parallelism
@@ -24,10 +25,13 @@ class Devices:
     """The devices of a run, all of JAX's unless told otherwise."""
 
     def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
-        self.devices = tuple(jax.devices() if devices is None else devices)
+        # Host by host: the rows of a batch are dealt out in this order, and a pod may number its chips in another.
+        self.devices = tuple(sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index))
         self.local = tuple(device for device in self.devices if device.process_index == jax.process_index())
         self._replicated = NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec())
-        self._split = NamedSharding(Mesh(np.array(self.local), (AXIS,)), PartitionSpec(AXIS))
+        local = Mesh(np.array(self.local), (AXIS,))
+        self._split, self._replicated_here = (NamedSharding(local, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
+        self._largest = jax.pmap(lambda x: jax.lax.pmax(x, AXIS), AXIS, out_axes=None, devices=self.devices)
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +49,23 @@ class Devices:
 
     def replicate(self, tree: Any) -> Any:
         """Every leaf on every device, as one logical array that pmap takes with in_axes=None and may donate."""
-        return jax.device_put(tree, self._replicated)
+        return self.as_global(jax.device_put(tree, self._replicated_here))
+
+    def as_global(self, tree: Any) -> Any:
+        """Replicated leaves as arrays of all hosts' devices, without a copy: what checkpoints are written from.
+
+        On several hosts pmap hands back arrays of this host's devices only, which Orbax refuses. The buffers are shared: whoever
+        donates one of the two has donated both.
+        """
+        if jax.process_count() == 1:
+            return tree
+
+        def join(x: jax.Array) -> jax.Array:
+            if not x.is_fully_addressable:
+                return x
+            return jax.make_array_from_single_device_arrays(x.shape, self._replicated, [s.data for s in x.addressable_shards])
+
+        return jax.tree.map(join, tree)
 
     def abstract_replicated(self, tree: Any) -> Any:
         """Shapes and types of `tree` with the placement of `replicate`: what a checkpoint is restored into."""
@@ -83,10 +103,16 @@ class Devices:
         return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=0, devices=self.devices)
 
     def rows(self, stacked: Any) -> Any:
-        """A stacked result as NumPy rows of the whole global batch [n, ...], on every host."""
+        """A stacked result as NumPy rows of the whole global batch [n, ...], on every host, each row once."""
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stacked)
         return multihost_utils.process_allgather(flat, tiled=True) if jax.process_count() > 1 else flat
 
+    def largest(self, value: int) -> Any:
+        """The largest `value` of all hosts, not waited for: an int on one host, else an array that becomes one (`int`)."""
+        if jax.process_count() == 1:
+            return value
+        return self._largest(np.full(len(self.local), value, np.int32))
+
     def from_main(self, values: np.ndarray) -> np.ndarray:
         """`values` as the first process has them, on every host: for decisions that depend on its disk."""
-        return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values
+        return hosts.from_main(values)

@@ -4,4 +4,10 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Base of ConfigError, DataError and WorkdirError; anything else that escapes is a fault of the code."""
+    """Base of ConfigError, DataError and WorkdirError; anything else that escapes is a fault of the code.
+
+    Attributes:
+      step: of the checkpoint that the same command goes on from with --step, where that is the remedy.
+    """
+
+    step: int | None = None

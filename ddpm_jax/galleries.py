@@ -19,6 +19,9 @@ from ddpm_jax.data import decoding
 from ddpm_jax.data.errors import DataError
 from ddpm_jax.data.sources import Source, decode_file
 from ddpm_jax.diffusion import q_sample
+from ddpm_jax.evaluation.features import Extractor
+from ddpm_jax.evaluation.image_sets import ImageSet
+from ddpm_jax.evaluation.neighbours import Nearest
 from ddpm_jax.generate import Generator, sample_keys
 from ddpm_jax.progress import Progress
 from ddpm_jax.sampling import forward_noise, initial_noise
@@ -219,31 +222,39 @@ def inpainting(
     return np.concatenate([(originals * mask)[:, None], filled, originals[:, None]], axis=1)
 
 
-def nearest(samples: np.ndarray, source: Source, count: int, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    samples: np.ndarray, source: Source, count: int, *, within: int | None = None, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The `count` images of `source` nearest to each sample in pixel space, nearest first.
 
     Args:
       samples: uint8 [n,h,w,c].
+      within: look among the first so many only.
 
     Returns:
       Root mean squared difference a pixel in levels 0..255, float64 [n, count], and the indices [n, count].
     """
-    if not 1 <= count <= len(source):
-        raise ConfigError(f"columns={count}: must be in 1..{len(source)}, the images of the split")
-    flat = samples.reshape(len(samples), -1).astype(np.float64)
-    best = np.full((len(samples), count), np.inf)
-    found = np.zeros((len(samples), count), np.int64)
-    with Progress(len(source), "image", enabled=progress and len(source) > 10_000) as bar:
-        for start in range(0, len(source), 1000):
-            rows = np.arange(start, min(start + 1000, len(source)))
-            block = source.read(rows)["image"].reshape(len(rows), -1).astype(np.float64)
-            squares = (flat**2).sum(1)[:, None] - 2 * flat @ block.T + (block**2).sum(1)  # exact: integers below 2^53
-            merged = np.concatenate([best, squares], axis=1)
-            numbers = np.concatenate([found, np.broadcast_to(rows, squares.shape)], axis=1)
-            order = np.argsort(merged, axis=1, kind="stable")[:, :count]
-            best, found = (np.take_along_axis(values, order, axis=1) for values in (merged, numbers))
+    total = len(source) if within is None else min(within, len(source))
+    if not 1 <= count <= total:
+        raise ConfigError(f"columns={count}: must be in 1..{total}, the images of the split")
+    search = Nearest(samples, count)
+    with Progress(total, "image", enabled=progress and total > 10_000) as bar:
+        for start in range(0, total, 1000):
+            rows = np.arange(start, min(start + 1000, total))
+            search.add(source.read(rows)["image"], start)
             bar.update(len(rows))
-    return np.sqrt(best / flat.shape[1]), found
+    return search.distances, search.indices
+
+
+def nearest_in_features(
+    extractor: Extractor, tap: str, samples: ImageSet, train: ImageSet, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `nearest`, in Inception features: root mean squared differences a feature, and the indices."""
+    queries = np.concatenate([block.features[tap] for block in extractor.blocks(samples, (tap,), "samples")])
+    search = Nearest(queries, count)
+    for block in extractor.blocks(train, (tap,), "train"):
+        search.add(block.features[tap], block.start)
+    return search.distances, search.indices
 
 
 def neighbours(samples: np.ndarray, source: Source, found: np.ndarray) -> np.ndarray:

@@ -161,6 +161,12 @@ class Generator:
         """All that a call yields, in one array."""
         return np.concatenate(list(self(params, **inputs)))
 
+    def lower(self, params: Params) -> jax.stages.Lowered:
+        """The program of a plain batch, from shapes alone: to compile it where it cannot run."""
+        rows = len(self.devices.devices), self.batch_size // len(self.devices.devices)
+        columns = {"index": np.uint32, "seed": np.uint32} | ({"label": np.int32} if self.config.model.num_classes else {})
+        return self._chain.lower(params, {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in columns.items()})
+
     def _on_one_device(self, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         keys = sample_keys(batch["seed"], batch["index"])
         x = batch["x"] if "x" in batch else initial_noise(keys, image_shape(self.config), self.process.schedule.timesteps)

@@ -1,28 +1,36 @@
-"""The training loop: restore, then step, log, evaluate, sample and save, in this order, until done or told to stop."""
+"""The training loop: restore, then step, log, evaluate, sample and save, in this order, until done or told to stop.
+
+On several hosts each runs this loop on its own rows; they meet in the step itself, when pictures and held-out losses are
+gathered, and when they save. The first one alone writes logs and pictures.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
+from collections import deque
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from clu.metrics import Average
 
-from ddpm_jax import images
-from ddpm_jax.build import Params, build_process
-from ddpm_jax.checkpoints import Checkpoints, claim_workdir, sole_trainer
+from ddpm_jax import config as configs
+from ddpm_jax import hosts, images
+from ddpm_jax.build import Params
+from ddpm_jax.checkpoints import Checkpoints, WorkdirError, claim_workdir, load_workdir_config, sole_trainer
 from ddpm_jax.config import Config, ConfigError
-from ddpm_jax.data.batches import TrainBatches, eval_batches
+from ddpm_jax.data.batches import TrainBatches, eval_batches, fingerprint
 from ddpm_jax.data.prefetch import Prefetcher
 from ddpm_jax.data.sources import Source, load_source
 from ddpm_jax.devices import Devices
 from ddpm_jax.errors import UserError
-from ddpm_jax.generate import Generator
-from ddpm_jax.progress import Progress
+from ddpm_jax.generate import Generator, config_table
+from ddpm_jax.progress import Progress, waiting
 from ddpm_jax.training import (
     Metrics,
     TrainState,
@@ -40,15 +48,31 @@ class Diverged(UserError):
 
 
 class StopRequest:
-    """SIGTERM or SIGINT, remembered until the step under way is done; a second one acts at once."""
+    """SIGTERM or SIGINT, remembered until the step under way is done; a second one acts at once.
+
+    On several hosts a request to one is one to all, and all hear of it at the same step: after each step the devices exchange
+    what their hosts have received, and the answer is read LAG steps later, when it is there and nothing has to wait for it.
+    """
 
     signals = (signal.SIGTERM, signal.SIGINT)
+    LAG = 2
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, devices: Devices) -> None:
+        self._devices, self._received = devices, 0
+        self._before: dict[int, Any] = {}
+        self._asked: deque[Any] = deque()
+
+    def listen(self) -> None:
+        """From here on signals wait. Before there is a step to save, they end the process as they always do."""
+        self._before = self._before or {number: signal.signal(number, self._note) for number in self.signals}
+
+    def agreed(self) -> int:
+        """To be called after each step, on all hosts: the signal on which all of them stop now, or 0."""
+        self._asked.append(self._devices.largest(self._received))
+        lag = self.LAG if jax.process_count() > 1 else 0
+        return int(self._asked.popleft()) if len(self._asked) > lag else 0
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in self.signals}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,7 +80,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self._received = number
         signal.signal(number, self._before[number])
 
 
@@ -77,23 +101,29 @@ def train(
       0 when done, 128 + the signal's number when stopped by SIGTERM or SIGINT; the state is saved either way.
 
     Raises:
-      UserError: a config, data set or run directory that does not serve; or Diverged.
+      UserError: a config, data set or run directory that does not serve; hosts that differ; or Diverged.
     """
     devices = Devices() if devices is None else devices
-    # All that can be refused is refused here, before anything is written or compiled.
-    devices.check_batch(config.train.batch_size, config.train.accumulation, "train.batch_size")
-    build_process(config)
-    source = load_source(config.data, data_dir, "train")
-    held_out = load_source(config.data, data_dir, "test") if config.train.eval_images else None
-    check_labels(config, source)
-    claim_workdir(workdir, config)
-
-    with (
-        sole_trainer(workdir),
-        Checkpoints(workdir, keep=config.train.keep_checkpoints, keep_every=config.train.keep_every) as checkpoints,
-        MetricWriter(workdir, enabled=devices.is_main) as writer,
-        StopRequest() as stop,
-    ):
+    with contextlib.ExitStack() as stack:
+        # All that can be refused is refused here, on all hosts, before anything is written or compiled.
+        with hosts.together():
+            devices.check_batch(config.train.batch_size, config.train.accumulation, "train.batch_size")
+            config_table(config)
+            source = load_source(config.data, data_dir, "train")
+            held_out = load_source(config.data, data_dir, "test") if config.train.eval_images else None
+            check_labels(config, source)
+        hosts.same("the config", configs.save_json(config))
+        hosts.same("--step", step)
+        hosts.same("the data set", [fingerprint(part) for part in (source, held_out) if part is not None])
+        with hosts.together():
+            claim_workdir(workdir, config)
+            stack.enter_context(sole_trainer(workdir))
+        with hosts.together():
+            check_shared(workdir, config)
+            keep = {name: getattr(config.train, name) for name in ("keep_every", "keep_best")}
+            checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep_checkpoints, **keep))
+            writer = stack.enter_context(MetricWriter(workdir, enabled=devices.is_main))
+        stop = stack.enter_context(StopRequest(devices))
         state = restore_or_init(config, checkpoints, devices, step)
         start = int(state.step)
         writer.truncate_after(start)
@@ -103,32 +133,50 @@ def train(
         evaluate = HeldOut(config, devices, held_out) if held_out is not None else None
         grids = SampleGrids(config, devices, workdir) if config.train.sample_every else None
         batches = TrainBatches(source, config.seed, config.train.batch_size, jax.process_index(), jax.process_count())
-        with (
-            Log(config, writer, checkpoints, start, enabled=devices.is_main) as log,
-            Prefetcher(batches, start, devices.place) as upcoming,
-        ):
-            for done in range(start + 1, config.train.steps + 1):
-                _, batch = next(upcoming)
+        log = stack.enter_context(Log(config, writer, checkpoints, start, enabled=devices.is_main))
+        upcoming = stack.enter_context(Prefetcher(batches, start, devices.place))
+        told = 0
+        for done in range(start + 1, config.train.steps + 1):
+            _, batch = next(upcoming)
+            if done == start + 1:
+                with waiting("compiling the training step", enabled=devices.is_main):
+                    state, metrics = train_step(state, batch)
+            else:
                 state, metrics = train_step(state, batch)
-                end = done == config.train.steps
-                last = end or stop.received is not None
-                log.add(done, metrics, flush=last or done % config.train.log_every == 0)
-                if evaluate and (end or done % config.train.eval_every == 0):
-                    writer.write_scalars(done, {"held_out_loss": evaluate(sampling_params(config, state))})
-                if grids and (end or done % config.train.sample_every == 0):
-                    writer.write_images(done, {"samples": grids(done, sampling_params(config, state))})
-                if last or done % config.train.checkpoint_every == 0:
-                    checkpoints.save(done, state)
-                if last:
-                    break
+            stop.listen()
+            told = stop.agreed()
+            end, measured = done == config.train.steps, None
+            last = end or told > 0
+            log.add(done, metrics, flush=last or done % config.train.log_every == 0)
+            if evaluate and (end or done % config.train.eval_every == 0):
+                measured = evaluate(sampling_params(config, state))
+                writer.write_scalars(done, {"held_out_loss": measured})
+            if grids and (end or done % config.train.sample_every == 0):
+                writer.write_images(done, {"samples": grids(done, sampling_params(config, state))})
+            if last or done % config.train.checkpoint_every == 0:
+                checkpoints.save(done, devices.as_global(state), measured)
+            if last:
+                break
         checkpoints.wait()
-        return 128 + stop.received if stop.received is not None else 0
+        return 128 + told if told else 0
+
+
+def check_shared(workdir: Path, config: Config) -> None:
+    """WorkdirError unless this host sees the run directory that the first one has just claimed."""
+    hosts.barrier("claimed")
+    there = (workdir / "config.json").is_file()
+    if not there or configs.differences(load_workdir_config(workdir), config):
+        raise WorkdirError(f"--workdir={workdir} is not on a disk that all hosts share")
 
 
 def restore_or_init(config: Config, checkpoints: Checkpoints, devices: Devices, step: int | None) -> TrainState:
-    if step is None and not checkpoints.steps():
-        return devices.replicate(init_state(config))
-    state = checkpoints.restore(devices.abstract_replicated(abstract_state(config)), step)
+    if step is None:
+        # As the first host has it: a shared disk may show the others an older state of itself.
+        step = int(hosts.from_main(np.array(max(checkpoints.steps(), default=-1))))
+        if step == -1:
+            return devices.replicate(init_state(config))
+    with hosts.together():
+        state = checkpoints.restore(devices.abstract_replicated(abstract_state(config)), step)
     aside = checkpoints.set_aside_after(int(state.step))
     if aside and devices.is_main:
         print(f"newer checkpoints moved to checkpoints.aside/: {', '.join(map(str, aside))}", flush=True)
@@ -147,7 +195,7 @@ def check_labels(config: Config, source: Source) -> None:
 
 def describe(config: Config, params: Params, workdir: Path, devices: Devices, start: int) -> None:
     """Tells what is about to run; the list of parameters goes to workdir/parameters.txt."""
-    (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
+    (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(jax.device_get(params)) + "\n")
     count = parameter_overview.count_parameters(params)
     kinds = sorted({device.device_kind for device in devices.devices})
     begin = f"going on from step {start}" if start else "a new run"

@@ -6,9 +6,12 @@ seconds, because carriage returns make such files unreadable.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -107,6 +110,26 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def waiting(what: str, enabled: bool = True, every: float = 10.0) -> Iterator[None]:
+    """Tells on stderr, every so many seconds, that `what` is still going on: for one long call that counts no steps."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, name="waiting", daemon=True)
+    if enabled:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if enabled:
+            thread.join()
 
 
 class _Bar(tqdm):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import images
+from ddpm_jax import hosts, images
 from ddpm_jax.devices import Devices
 from ddpm_jax.errors import UserError
 
@@ -24,7 +24,7 @@ PROTOCOL = "protocol.json"
 
 
 class ShardError(UserError):
-    """A place that holds other samples."""
+    """A place that holds other samples, or damaged ones."""
 
 
 class PngFolder:
@@ -67,16 +67,23 @@ class NpzFile:
     def finish(self, blocks: list[np.ndarray], labels: np.ndarray | None) -> None:
         """Puts the file together; the parts stay, so that asking again, or for more, computes nothing twice."""
         count = sum(len(block) for block in blocks)
-        shape = (count, *np.load(self._part(blocks[0]), mmap_mode="r").shape[1:])
+        shape = (count, *self._read(blocks[0]).shape[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with images.replacing(self._path) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for block in blocks:
-                    member.write(np.load(self._part(block)).tobytes())
+                    member.write(self._read(block).tobytes())
             if labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, labels)
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        path = self._part(indices)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ShardError(f"{path} is damaged ({error}): remove it and run the command again") from error
 
     def _part(self, indices: np.ndarray) -> Path:
         return self._parts / f"{indices[0]:06d}-{indices[-1]:06d}.npy"
@@ -84,9 +91,12 @@ class NpzFile:
 
 def claim(folder: Path, protocol: dict[str, Any], what: str) -> None:
     """Makes `folder` the place of samples of `protocol`; ShardError if it is that of others."""
-    path, protocol = folder / PROTOCOL, json.loads(json.dumps(_flat(protocol)))  # tuples become lists, as in the file
+    path, protocol = folder / PROTOCOL, json.loads(json.dumps(flat(protocol)))  # tuples become lists, as in the file
     if path.exists():
-        there = json.loads(path.read_text())
+        try:
+            there = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ShardError(f"{path} is damaged ({error}): choose another --output or remove {folder}") from error
         changed = [name for name in sorted({*there, *protocol}) if there.get(name) != protocol.get(name)]
         if changed:
             name = changed[0]
@@ -101,12 +111,12 @@ def claim(folder: Path, protocol: dict[str, Any], what: str) -> None:
             file.write((json.dumps(protocol, indent=2) + "\n").encode())
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by their path, so that a difference names one."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def fill(
@@ -129,11 +139,12 @@ def fill(
       How many samples were drawn.
 
     Raises:
-      ShardError: the place holds other samples.
+      ShardError: the place holds other samples, or damaged ones.
     """
     store = None
-    if devices.is_main:
-        store = NpzFile(place, protocol) if place.suffix == ".npz" else PngFolder(place, protocol)
+    with hosts.together():
+        if devices.is_main:
+            store = NpzFile(place, protocol) if place.suffix == ".npz" else PngFolder(place, protocol)
     blocks = [slice(start, start + size) for start in range(0, len(indices), size)]
     missing = np.array([store is not None and not store.has(indices[block]) for block in blocks])
     drawn = 0

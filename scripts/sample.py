@@ -7,12 +7,13 @@ progressive     x0_hat on its way down, a row for each sample (Figure 6); .gif a
 shared_latents  samples that share x_t at the --levels, a row for each (Figure 7)
 interpolation   between two real images, mixed at the --levels and denoised (Figure 8); --mix=slerp mixes DDIM codes
 coarse_to_fine  the same at --rows levels from 0 to T (Figure 9)
-neighbours      the nearest images of the train split, in pixels, next to each sample
+neighbours      the nearest images of the train split next to each sample, in pixels; --space=inception in features of the network
+                behind FID, --space=both a row of each
 inpaint         a hole in real images filled in (RePaint)
 reconstruction  real images encoded and decoded by DDIM, and the error
 
-Sample i depends on --seed and i alone, whatever --num_images, --batch_size and the number of devices. Weights are the EMA
-unless --weights says otherwise.
+Sample i depends on --seed and i alone, whatever --num_images, --batch_size and the number of devices and hosts. Weights are the
+EMA unless --weights says otherwise.
 """
 
 import argparse
@@ -27,12 +28,16 @@ from ddpm_jax import cli, galleries, images, shards
 from ddpm_jax.config import ConfigError
 from ddpm_jax.data.sources import SPLITS, load_source
 from ddpm_jax.devices import Devices
+from ddpm_jax.evaluation.features import Extractor
+from ddpm_jax.evaluation.image_sets import of_array, of_split
+from ddpm_jax.evaluation.inception_weights import load_inception
 from ddpm_jax.generate import Generator, config_table, with_sampling
 from ddpm_jax.inpainting import Repaint
 from ddpm_jax.samplers import SAMPLERS, SPACING_NAMES
 from ddpm_jax.trained import Trained, open_trained
 
 FILMS = (".gif", ".webp")
+SPACES = ("pixel", "inception", "both")
 
 
 @dataclass(frozen=True)
@@ -175,17 +180,31 @@ def mixing(job: Job, pair: np.ndarray) -> dict:
 
 
 def neighbours(job: Job) -> None:
-    options, indices = job.options, job.indices(job.count(8))
-    source = load_source(job.trained.config.data, options.data_dir, "train")
-    check(1 <= options.columns <= len(source), f"--columns={options.columns}: must be in 1..{len(source)}")
+    options, indices, data = job.options, job.indices(job.count(8)), job.trained.config.data
+    source = load_source(data, options.data_dir, "train")
+    train = of_split(source, data, "train").first(options.search or len(source))
+    check(1 <= options.columns <= train.count, f"--columns={options.columns}: must be in 1..{train.count}")
+    extractor = None
+    if options.space != "pixel":
+        weights = load_inception(options.inception, options.cache / "inception")
+        cache = options.cache / "features"
+        extractor = Extractor(weights, job.devices, cache=cache, batch_size=options.batch_size, progress=True)
     generator = job.generator(len(indices))
     inputs = {"seed": options.seed, "indices": indices, "labels": job.labels(indices)}
     samples = images.to_uint8(generator.draw(job.trained.params, **inputs))
-    distances, found = galleries.nearest(samples, source, options.columns, progress=True)
-    for index, row, numbers in zip(indices, distances, found):
-        near = ", ".join(f"{number} ({distance:.1f})" for number, distance in zip(numbers, row))
-        print(f"sample {index}: train images (RMSE in levels 0..255) {near}")
-    job.save(galleries.neighbours(samples, source, found))
+    spaces = {}
+    if options.space != "inception":
+        spaces["levels 0..255"] = galleries.nearest(samples, source, options.columns, within=train.count, progress=True)
+    if extractor is not None:
+        tap = next(tap for tap in ("2048", "768", "192", "64") if tap in extractor.weights.taps)
+        drawn = of_array(samples, {"file": "samples"})
+        spaces[f"{tap} Inception features"] = galleries.nearest_in_features(extractor, tap, drawn, train, options.columns)
+    for space, (distances, found) in spaces.items():
+        for index, row, nearest in zip(indices, distances, found):
+            near = ", ".join(f"{number} ({distance:.3g})" for number, distance in zip(nearest, row))
+            print(f"sample {index}: train images (RMSE in {space}) {near}")
+    panels = [galleries.neighbours(samples, source, found) for _, found in spaces.values()]
+    job.save(np.stack(panels, axis=1).reshape(-1, *panels[0].shape[1:]))
 
 
 def inpaint(job: Job) -> None:
@@ -247,7 +266,7 @@ def flags() -> argparse.ArgumentParser:
     add("--clip", choices=["true", "false"], help="clip x0_hat to [-1, 1] (default: the config's; false for DDIM codes)")
     add("--rederive_eps", choices=["true", "false"], help="eps_hat of ddim from the clipped x0_hat (default: the config's)")
     add("--weights", default="ema", metavar="NAME", help="ema, raw, or a decay such as 0.9999 (default: ema)")
-    add("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
+    add("--step", type=cli.step, metavar="N", help="the checkpoint (default: the newest)")
     add("--batch_size", type=int, default=64, metavar="N", help="samples at once, over all devices (default: 64)")
     add("--scale", type=int, default=1, metavar="K", help="side of a pixel in the picture (default: 1)")
     real = made.add_argument_group("real images")
@@ -263,10 +282,14 @@ def flags() -> argparse.ArgumentParser:
     mode.add_argument("--forward_noise", choices=["shared", "own"], default="shared", help="of the images (default: shared)")
     mode.add_argument("--mix", choices=["linear", "slerp"], default="linear", help="x_t, or DDIM's codes (default: linear)")
     mode.add_argument("--columns", type=int, default=8, help="neighbours: how many (default: 8)")
+    mode.add_argument("--space", choices=SPACES, default="pixel", help="neighbours: what is near (default: pixel)")
+    mode.add_argument("--search", type=int, metavar="N", help="neighbours: the first N train images (default: all)")
+    cli.add_inception(mode)
     mode.add_argument("--hole", type=numbers, metavar="TOP,LEFT,HEIGHT,WIDTH", help="inpaint (default: the middle quarter)")
     mode.add_argument("--mask", type=Path, metavar="PNG", help="inpaint: instead of --hole, white where to fill in")
     mode.add_argument("--resample", type=int, default=10, help="inpaint: times each stretch is gone through (default: 10)")
     mode.add_argument("--jump", type=int, default=10, help="inpaint: steps of a stretch (default: 10)")
+    cli.add_hosts(made)
     return made
 
 
@@ -274,7 +297,7 @@ def check_flags(options: argparse.Namespace) -> None:
     known = OUTPUTS.get(options.mode, (".png",))
     named = " or ".join(suffix for suffix in known if suffix) + (", or be a folder" if "" in known else "")
     check(options.output.suffix in known, f"--output={options.output}: must end in {named}")
-    for name in ("num_images", "batch_size", "scale", "frames", "points", "rows", "columns"):
+    for name in ("num_images", "batch_size", "scale", "frames", "points", "rows", "columns", "search"):
         value = getattr(options, name)
         check(value is None or value >= 1, f"--{name}={value}: must be at least 1")
     check(0 <= options.seed < 2**32, f"--seed={options.seed}: must be in 0..2^32-1")
@@ -304,6 +327,7 @@ def open_job(options: argparse.Namespace) -> Job:
 def main(argv: list[str] | None = None) -> None:
     options = flags().parse_args(argv)
     check_flags(options)
+    cli.join_hosts(options)
     MODES[options.mode](open_job(options))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import ROOT, assert_bit_equal, final_state, finish, metrics, metrics_seen, script, wait_for_step, write_config
 from tiny import tiny_config
 
 from ddpm_jax import config as configs
@@ -24,28 +22,10 @@ from ddpm_jax.devices import Devices
 from ddpm_jax.generate import Generator
 from ddpm_jax.loop import Diverged, train
 from ddpm_jax.trained import open_trained
-from ddpm_jax.training import abstract_state
-
-ROOT = Path(__file__).parents[1]
-IN_TIME = ("steps_per_second", "images_per_second")  # the only metrics that two equal runs may differ in
 
 
 def train_on(devices: int, config: Config, workdir: Path, **options) -> int:
     return train(config, workdir, data_dir=workdir, devices=Devices(jax.devices()[:devices]), **options)
-
-
-def final_state(config: Config, workdir: Path, step: int | None = None):
-    with Checkpoints.reading(workdir) as checkpoints:
-        return checkpoints.restore(Devices(jax.devices()[:1]).abstract_replicated(abstract_state(config)), step)
-
-
-def metrics(workdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in IN_TIME} for line in lines]
-
-
-def assert_bit_equal(one, other) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
 
 
 @pytest.fixture(scope="module")
@@ -175,42 +155,6 @@ def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(tmp_path):
 # ---------------------------------------------------------------------------------------------- as a process
 
 
-def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, str]:
-    with process:
-        out, errors = process.communicate(timeout=seconds)
-    return process.returncode, out, errors
-
-
-def write_config(folder: Path, config: Config) -> Path:
-    """The config as a file, the way users have it."""
-    path = folder / "mine.py"
-    values = configs.to_dict(config)
-    path.write_text(f"from ddpm_jax.config import from_dict\n\n\ndef get_config():\n    return from_dict({values!r})\n")
-    return path
-
-
-def script(name: str, *flags: str, before: list[str] | None = None) -> subprocess.Popen:
-    command = [*(before or []), sys.executable, str(ROOT / "scripts" / name), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and path.read_text().count("\n") and metrics_seen(path) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} never came: {process.communicate()[1] if process.poll() is not None else 'timeout'}")
-
-
-def metrics_seen(path: Path) -> int:
-    whole = path.read_text().rpartition("\n")[0].splitlines()
-    return max((json.loads(line)["step"] for line in whole), default=0)
-
-
 def endless(tmp_path: Path, **train_fields) -> tuple[Config, Path, list[str]]:
     fields = {"steps": 100_000, "log_every": 1, "checkpoint_every": 100_000, "eval_images": 0} | train_fields
     config = tiny_config(train=fields)
@@ -227,28 +171,6 @@ def test_sigterm_saves_and_ends_with_143(tmp_path):
     assert code == 143, said
     state = final_state(config, workdir)
     assert int(state.step) == metrics_seen(workdir / "metrics.jsonl") >= 3
-
-
-@pytest.mark.slow
-def test_ten_kills_later_the_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    """kill -9 at a random step, ten times, the pause included in which a checkpoint is being written."""
-    steps, rng = 400, np.random.default_rng(0)
-    fields = {"steps": steps, "checkpoint_every": 7, "log_every": 1}
-    config, workdir, flags = endless(tmp_path, **fields)
-    whole = tmp_path / "whole"
-    code, _, said = finish(script("train.py", flags[0], f"--workdir={whole}"), 600)
-    assert code == 0, said
-    targets = sorted(rng.choice(np.arange(5, steps - 5), 10, replace=False))
-    for target in targets:
-        process = script("train.py", *flags)
-        wait_for_step(workdir, int(target), process)
-        time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        finish(process)
-    code, _, said = finish(script("train.py", *flags), 600)
-    assert code == 0, said
-    assert_bit_equal(final_state(config, workdir), final_state(config, whole))
-    assert metrics(workdir) == metrics(whole)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on file sizes stands in for a disk that fails")

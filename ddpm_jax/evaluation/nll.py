@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax import hosts
 from ddpm_jax.build import Params, build_process, denoiser
 from ddpm_jax.config import Config
-from ddpm_jax.data.batches import eval_batches
+from ddpm_jax.data.batches import eval_batches, fingerprint
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import Devices
 from ddpm_jax.diffusion import CDFS
-from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.errors import EvaluationError
 from ddpm_jax.likelihood import RateDistortion, Strata, bound_terms, rate_distortion, timestep_strata
 from ddpm_jax.losses import prior_term
 from ddpm_jax.progress import Progress
@@ -28,10 +29,6 @@ from ddpm_jax.randomness import Stream, example_keys, stream_key
 from ddpm_jax.training import scale_images
 
 CHUNK = 20  # terms a call: few enough that progress shows, enough that calls cost nothing
-
-
-class EvaluationError(UserError):
-    """A number that cannot be had, or would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,7 @@ def evaluate_nll(
         raise EvaluationError(f"the {config.data.name} split is empty: a likelihood needs at least one image")
     if protocol.cdf not in CDFS:
         raise EvaluationError(f"cdf={protocol.cdf}: one of {', '.join(CDFS)}")
+    hosts.same("the data set", fingerprint(source))
     process = build_process(config)
     try:
         strata = timestep_strata(process.schedule, protocol.num_timesteps)
@@ -142,11 +140,11 @@ def evaluate_nll(
     parts, started = len(devices.devices), time.monotonic()
     # Batches of equal size, so that little of the last one is filling.
     batch_size = -(-count // (-(-count // batch_size) * parts)) * parts
-    host, hosts = jax.process_index(), jax.process_count()
-    share, sums = batch_size // hosts, _Sums(strata)
+    host, of_hosts = jax.process_index(), jax.process_count()
+    share, sums = batch_size // of_hosts, _Sums(strata)
     calls = -(-count // batch_size) * len(strata)
     with Progress(calls, "batch term", enabled=progress and devices.is_main, scale=batch_size) as shown:
-        for number, batch in enumerate(eval_batches(source, count, batch_size, host, hosts)):
+        for number, batch in enumerate(eval_batches(source, count, batch_size, host, of_hosts)):
             if batch["image"].dtype != np.uint8:
                 raise EvaluationError(f"{config.data.name} holds {batch['image'].dtype}: the likelihood is one of 8-bit images")
             batch["index"] = (number * batch_size + host * share + np.arange(share)).astype(np.uint32)

@@ -1,0 +1,171 @@
+"""Several processes, one run: how they find one another, agree, and leave together.
+
+A "host" is a process. All of them run the same program on their own rows of the same batches; what must not differ between
+them is compared, and what one of them refuses all refuse, so that none waits for a partner that has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ddpm_jax.errors import UserError
+
+START_TIMEOUT = 300  # seconds for all hosts to come; clusters start theirs minutes apart
+HOST_TIMEOUT = 100  # seconds of silence after which a host counts as dead
+LEAVE_TIMEOUT = 5  # seconds that an error waits for the others to have had it too
+_MESSAGE = 400  # bytes of an error that go around
+
+
+class HostError(UserError):
+    """Hosts that cannot be found, or do not agree."""
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    start_timeout: int = START_TIMEOUT,
+    host_timeout: int = HOST_TIMEOUT,
+) -> None:
+    """Makes this process one of several; must come before anything that asks JAX for devices.
+
+    With no address JAX asks SLURM, Open MPI or the TPU pod; where there is none of them the process is alone. A host that dies or
+    hangs ends the others within `host_timeout` seconds, by SIGABRT (code 134) from JAX's coordination service.
+
+    Raises:
+      HostError: an incomplete or impossible triple, or no answer from the address within `start_timeout` seconds.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    explicit = given != (None, None, None)
+    if explicit:
+        _check(*given)
+        if process_id:
+            _await_coordinator(coordinator_address, start_timeout)
+    elif not _scheduled() and not _on_tpu():
+        return
+    # Its sync manager would take SIGTERM from us and knows no SIGINT; the loop carries stop requests through the devices.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            *given,
+            local_device_ids=[] if explicit else _local_devices(),
+            cluster_detection_method="deactivate" if explicit else None,
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=host_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, ValueError) and not explicit and not _scheduled():
+            return  # a machine with TPUs that is no part of a pod
+        raise HostError(f"the hosts of this run cannot be joined: {str(error).splitlines()[0]}") from error
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # what is printed here, the first host prints too
+
+
+def _check(address: str | None, count: int | None, index: int | None) -> None:
+    if address is None or count is None or index is None:
+        raise HostError("--coordinator_address, --num_processes and --process_id: give all three, or none")
+    name, _, port = address.rpartition(":")
+    if not name or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise HostError(f"--coordinator_address={address}: write HOST:PORT, of the first process")
+    if not 0 <= index < count:
+        raise HostError(f"--process_id={index}: must be in 0..{count - 1}, --num_processes={count}")
+
+
+def _await_coordinator(address: str, seconds: float) -> None:
+    """Waits until something listens there: the library's own word for a first host that never came is an abort."""
+    name, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((name.strip("[]"), int(port)), timeout=seconds):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                why = error.strerror or error
+                raise HostError(f"--coordinator_address={address}: no answer within {seconds:g} s ({why})") from error
+            time.sleep(0.2)
+
+
+def _scheduled() -> bool:
+    """Whether SLURM or Open MPI has started several of us."""
+    several = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1
+    return several and ("SLURM_STEP_NODELIST" in os.environ or "OMPI_MCA_orte_hnp_uri" in os.environ)
+
+
+def _on_tpu() -> bool:
+    return any(Path("/dev").glob("accel[0-9]*")) and (jax.config.jax_platforms or "tpu") == "tpu"
+
+
+def _local_devices() -> list[int] | None:
+    """All of the machine's ([]), unless it has several of our processes: then JAX gives each its own (None)."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 1(x2) or 4,2
+    most = max(int(part.partition("(")[0]) for part in tasks.split(","))
+    return None if max(most, int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))) > 1 else []
+
+
+def leave(seconds: float = LEAVE_TIMEOUT) -> None:
+    """Says goodbye, for at most so long: a host that goes without a word is dead to the others, who then abort."""
+    if jax.distributed.is_initialized():
+        goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        goodbye.start()
+        goodbye.join(seconds)
+
+
+# ---------------------------------------------------------------------------------------------- agreement
+
+
+def barrier(name: str) -> None:
+    """Returns when every host is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_main(values: np.ndarray) -> np.ndarray:
+    """`values` as the first host has them, on every host: for decisions that depend on its disk."""
+    return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values
+
+
+def same(what: str, value: object) -> None:
+    """HostError, on every host, unless `value` is the same on all of them."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+    first, *rest = multihost_utils.process_allgather(digest)
+    others = [str(host) for host, row in enumerate(rest, 1) if not np.array_equal(row, first)]
+    if others:
+        raise HostError(f"{what} of host {', '.join(others)} is not that of host 0: start all hosts alike")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one host refuses in this block, all refuse: its UserError or OSError is a HostError on the others."""
+    refusal: UserError | OSError | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        refusal = error
+    if jax.process_count() > 1:
+        said = np.zeros(_MESSAGE, np.uint8)
+        if refusal is not None:
+            text = (str(refusal) or type(refusal).__name__).encode()[:_MESSAGE]
+            said[: len(text)] = np.frombuffer(text, np.uint8)
+        rows = multihost_utils.process_allgather(said)
+        if refusal is None:
+            for host, row in enumerate(rows):
+                if row.any():
+                    raise HostError(f"host {host} says: {bytes(row).rstrip(bytes(1)).decode(errors='replace')}")
+    if refusal is not None:
+        raise refusal
