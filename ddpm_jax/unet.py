@@ -30,6 +30,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ddpm_jax.config import ConfigError, UNetConfig
+from ddpm_jax.convolution import convolve
+from ddpm_jax.normalization import GroupNorm
 
 Resample = Callable[[jax.Array], jax.Array]
 
@@ -299,7 +301,7 @@ def _kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
 
 
 def _conv(features: int, dtype: DTypeLike, name: str, scale: float = 1.0, **options: Any) -> nn.Conv:
-    options = {"padding": SYMMETRIC} | options
+    options = {"padding": SYMMETRIC, "conv_general_dilated": convolve} | options
     return nn.Conv(features, (3, 3), dtype=dtype, kernel_init=_kernel_init(scale), name=name, **options)
 
 
@@ -307,8 +309,5 @@ def _dense(features: int, dtype: DTypeLike, name: str, scale: float = 1.0) -> nn
     return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(scale), name=name)
 
 
-def _group_norm(config: UNetConfig, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Statistics in float32 whatever the dtype, in two passes: E[x^2] - E[x]^2 loses the variance to a large mean."""
-    return nn.GroupNorm(
-        config.group_norm_groups, epsilon=config.group_norm_epsilon, dtype=dtype, use_fast_variance=False, name=name
-    )
+def _group_norm(config: UNetConfig, dtype: DTypeLike, name: str) -> GroupNorm:
+    return GroupNorm(config.group_norm_groups, config.group_norm_epsilon, dtype, name=name)

@@ -1,0 +1,173 @@
+"""The same network in PyTorch, as diffusers builds it, in a process of its own that works when it is told to.
+
+Its training step does what ours does: flips, noise, the forward and backward pass, a clip of the norm, fused Adam and one
+moving average. Its sampling step is the ancestral one. The process ends with the one that started it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
+from ddpm_jax.weights.diffusers_config import network_config
+
+VARIANTS = ("eager", "compiled")  # channels_last both; the second through torch.compile
+
+
+class RivalError(UserError):
+    """PyTorch cannot take part."""
+
+
+class Diffusers:
+    """`rival.train("eager", steps)` and `rival.sample("eager", steps)` give seconds a step.
+
+    Args:
+      config: of the network, batch sizes aside; dtype bfloat16 means autocast.
+      threads: of PyTorch, where it runs on a CPU.
+
+    Raises:
+      RivalError: PyTorch or diffusers is not installed, or it failed.
+      WeightsError: diffusers has no such network.
+    """
+
+    def __init__(self, config: Config, batch_size: int, threads: int) -> None:
+        network = {name: value for name, value in network_config(config).items() if not name.startswith("_")}
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        task = network, batch_size, threads, config.model.dtype == "bfloat16", config.optimizer.gradient_clip
+        self._process = context.Process(target=_serve, args=(there, task), name="rival", daemon=True)
+        self._process.start()
+        there.close()
+        self.about: dict[str, Any] = self._receive()
+
+    def train(self, variant: str, steps: int) -> float:
+        return self._ask(("train", variant, steps))
+
+    def sample(self, variant: str, steps: int) -> float:
+        return self._ask(("sample", variant, steps))
+
+    def peak_bytes(self) -> int:
+        """Of the GPU's memory, or of the process on a CPU."""
+        return self._ask(("memory", "", 0))
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._here.close()
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _ask(self, request: tuple[str, str, int]) -> Any:
+        self._here.send(request)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer, error = self._here.recv()
+        except EOFError as problem:
+            raise RivalError("--against=diffusers: the process with PyTorch died, perhaps for lack of memory") from problem
+        if error:
+            raise RivalError(f"--against=diffusers: {error}")
+        return answer
+
+
+def _serve(pipe: Connection, task: tuple[Any, ...]) -> None:
+    try:
+        try:
+            work = _prepare(*task)
+        except ImportError as error:
+            pipe.send((None, f"{error}; pip install -r requirements-torch.txt"))
+            return
+        pipe.send((work["about"], None))
+        while True:
+            what, variant, steps = pipe.recv()
+            try:
+                pipe.send((work[what](variant, steps), None))
+            except RuntimeError as error:  # of torch: out of memory, a compiler that is missing
+                pipe.send((None, f"{variant}: {error}"))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # the other end is gone
+
+
+def _prepare(
+    network: dict[str, Any], batch_size: int, threads: int, half: bool, gradient_clip: float
+) -> dict[str, Callable[..., Any] | dict[str, Any]]:
+    import resource
+
+    import diffusers
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = diffusers.UNet2DModel(**network).to(device, memory_format=torch.channels_last)
+    average = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
+    forward = {"eager": model, "compiled": torch.compile(model)}
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    kept = torch.cumprod(1 - betas, 0)
+    signal, noise_level = (x.float().to(device)[:, None, None, None] for x in (kept.sqrt(), (1 - kept).sqrt()))
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    of_x0, of_x = betas * before.sqrt() / (1 - kept), (1 - betas).sqrt() * (1 - before) / (1 - kept)
+    size, channels = network["sample_size"], network["in_channels"]
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, channels, size, size), np.uint8)
+    images = torch.from_numpy(pixels)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=half)
+
+    def finished() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def train(variant: str, steps: int) -> float:
+        model.train()
+        start = finished()
+        for _ in range(steps):
+            x0 = images.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 127.5 - 1
+            x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0, x0.flip(-1))
+            t, eps = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x0)
+            with autocast():
+                predicted = forward[variant](signal[t] * x0 + noise_level[t] * eps, t).sample
+            F.mse_loss(predicted.float(), eps).backward()
+            if gradient_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(model.parameters()), 1e-4)
+        return (finished() - start) / steps
+
+    @torch.no_grad()
+    def sample(variant: str, steps: int) -> float:
+        model.eval()
+        x = torch.randn(batch_size, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        start = finished()
+        for i in range(999, 999 - steps, -1):
+            with autocast():
+                eps = forward[variant](x, torch.full((batch_size,), i, device=device)).sample.float()
+            x0 = ((x - noise_level[i] * eps) / signal[i]).clamp(-1, 1)
+            x = float(of_x0[i]) * x0 + float(of_x[i]) * x + float(betas[i].sqrt()) * torch.randn_like(x)
+        return (finished() - start) / steps
+
+    def memory(variant: str, steps: int) -> int:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    about = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return {"about": about, "train": train, "sample": sample, "memory": memory}

@@ -1,0 +1,128 @@
+"""The benchmark measures what it says: in turn, pair by pair, the programs of the run, and all of it in the JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from ddpm_jax import config as configs
+from ddpm_jax.benchmark import ours, rivals, startup
+from ddpm_jax.benchmark.timing import in_turn, matrix_peak, paired_ratio, seconds, summary
+from ddpm_jax.build import abstract_params
+from ddpm_jax.config import ConfigError
+from ddpm_jax.devices import Devices
+from scripts import benchmark
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_turns_alternate_and_the_first_do_not_count():
+    order = []
+
+    def call(name):
+        order.append(name)
+        return float(len(order))
+
+    taken = in_turn({name: lambda name=name: call(name) for name in "abc"}, rounds=3, warmup=2)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 15, 3)]
+    assert [sorted(each) for each in rounds] == [list("abc")] * 5
+    assert len({each[0] for each in rounds[2:]}) == 3  # everyone goes first once
+    for name, values in taken.items():
+        np.testing.assert_array_equal(values, [i + 1 for i in range(6, 15) if order[i] == name])
+
+
+def test_ratios_are_taken_pair_by_pair():
+    """A machine that turns ten times slower for half of the rounds leaves the ratio alone; medians apart would not."""
+    slow = np.array([1, 1, 10, 10, 10])
+    assert paired_ratio(2.0 * slow, 1.0 * slow)["median"] == pytest.approx(2)
+    noisy = paired_ratio(np.array([1.0, 2, 3, 4, 5]), np.ones(5))
+    assert (noisy["low"], noisy["median"], noisy["high"]) == (2, 3, 4)
+    assert summary(np.array([0.003, 0.001, 0.002])) == pytest.approx(
+        {"median_ms": 2, "best_ms": 1, "low_ms": 1.5, "high_ms": 2.5}
+    )
+
+
+def test_seconds_wait_for_the_result():
+    def slow(x):
+        time.sleep(0.05)
+        return x
+
+    delayed = jax.jit(lambda x: jax.pure_callback(slow, jax.ShapeDtypeStruct((), np.float32), x))
+    assert 0.05 <= seconds(delayed, np.float32(1)) < 5
+
+
+def test_the_peak_of_matrix_products_is_no_fantasy():
+    """Between a tenth of what NumPy's own product does here, and ten times that."""
+    a = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
+    rate = 2 * 512**3 / min(seconds(np.matmul, a, a) for _ in range(5))
+    assert 0.1 < matrix_peak("float32", sizes=(512,), budget=0.5) / rate < 10
+
+
+def test_a_chain_and_a_step_are_those_of_the_run():
+    """The benchmark's program takes what the run takes: state and batch in, the next state out, finite samples."""
+    config, devices = tiny_config(), Devices(jax.devices()[:2])
+    step = ours.TrainStep(config, devices)
+    assert step(3) > 0 and int(step._state.step) == 3
+    loop = ours.DeviceLoop(config, devices, steps=4)
+    assert loop() > 0 and int(loop._state.step) == 4
+    chain = ours.SamplingSteps(config, devices, 4, rows=2)
+    assert np.isfinite(chain._chain(chain._params, chain._batch)).all()
+    assert step.flops() == 3 * config.train.batch_size * chain.flops() / 4
+
+
+def test_everything_is_measured_and_written(tmp_path, capsys):
+    source = tmp_path / "config.json"
+    source.write_text(configs.save_json(tiny_config()))
+    output = tmp_path / "new" / "speed.json"
+    what = "--what=train,sample,components,host,data"
+    benchmark.main([f"--config={source}", what, "--rounds=2", "--least_seconds=0.01", f"--output={output}"])
+    found, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert found["batch_size"] == 16 and found["machine"]["versions"]["jax"] == jax.__version__
+    assert found["train"]["ours"]["median_ms"] > 0 and 0 < found["train"]["flop_utilisation"] < 1
+    assert found["train"]["build"]["compile_s"] > 0 and found["train"]["build"]["temp_bytes"] > 0
+    assert found["sample"]["images_per_s"] > 0 and found["host"]["call"]["median_ms"] > 0
+    assert {row["part"] for row in found["components"]} >= {"convolution", "GroupNorm and SiLU", "dropout"}
+    assert found["data"]["times_the_step"] > 0
+    for line in ("train ", "sample ", "convolution ", "host ", "data "):
+        assert line in printed
+
+
+@pytest.mark.parametrize("flag, said", [("--rounds=0", "at least 1"), ("--config.train.batch_size=7", "divisible")])
+def test_what_cannot_be_measured_is_refused(flag, said, tmp_path):
+    source = tmp_path / "config.json"
+    source.write_text(configs.save_json(tiny_config()))
+    with pytest.raises(ConfigError, match=said):
+        benchmark.main([f"--config={source}", flag])
+
+
+@pytest.mark.slow
+def test_the_second_start_finds_its_programs(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [str(root / "scripts" / "train.py"), f"--config={root / 'configs' / 'digits.py'}"]
+    first, second = startup.measure_starts(command)
+    assert second < first
+    with pytest.raises(startup.StartError, match="ended with code 1"):
+        startup.measure_starts([*command, "--config.train.batch_size=0"])
+
+
+@pytest.mark.interop
+def test_the_rival_has_the_same_network():
+    config = tiny_config(model={"channel_mult": (1, 2), "attention_resolutions": (4,)}, data={"flip": True})
+    rival = rivals.Diffusers(config, 4, threads=1)
+    try:
+        ours_count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+        assert rival.about["parameters"] == ours_count
+        assert rival.train("eager", 2) > 0 and rival.sample("eager", 2) > 0 and rival.peak_bytes() > 2**20
+    finally:
+        rival.close()
