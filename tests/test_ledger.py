@@ -1,0 +1,136 @@
+"""The ledger: the papers' values as printed, cells that only the right record fills, and a REPRODUCTION.md that is up to date."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ddpm_jax import ledger
+from ddpm_jax.config import load_config
+from scripts import evaluate as evaluate_script
+from scripts import reproduce
+
+ROOT = Path(__file__).parents[1]
+PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
+FID = {"metric": "fid", "sampler": "ancestral", "num_images": 50000, "value": 3.31}
+
+
+def record(row: str = "eps_simple", scale: str = "full", **values) -> dict:
+    told = {"origin": "trained", "step": 800000, "weights": "ema 0.9999", "device": "8 x TPU v5 lite", "command": "evaluate"}
+    return told | {"row": row, "scale": scale} | values
+
+
+def table(title: str) -> dict:
+    (found,) = (table for table in PAPER["tables"] if table["title"].startswith(title))
+    return found
+
+
+@pytest.mark.parametrize(
+    "title, row, column, value",
+    [
+        ("Table 1: CIFAR-10, uncond", "Ours (L_simple)", "FID", "3.17"),
+        ("Table 1: CIFAR-10, uncond", "Ours (L_simple)", "NLL train", "3.72"),
+        ("Table 2: objectives", "L, mu, learned diagonal variance", "FID", "23.69"),
+        ("Table 3", "Church", "FID", "7.89"),
+        ("Table 4", "900", "RMSE", "12.02277"),
+        ("Table 1: CIFAR-10 by DDIM", "sigma-hat", "S=10", "367.43"),
+        ("Table 1: CelebA", "eta = 0.5", "S=100", "8.09"),
+        ("Table 2: CIFAR-10, recon", "CIFAR-10", "S=50", "0.0023"),
+        ("CIFAR-10", "4k cosine vlb", "FID", "11.47"),
+    ],
+)
+def test_values_stand_where_the_papers_have_them(title, row, column, value):
+    found = next(one for one in PAPER["tables"] if one["title"].startswith(title) and any(r["name"] == row for r in one["rows"]))
+    columns = [one["name"] for one in found["columns"]]
+    (line,) = (one for one in found["rows"] if one["name"] == row)
+    assert line["values"][columns.index(column)] == value
+
+
+def test_every_row_has_a_config_and_commands_that_parse():
+    named = {line["row"] for one in PAPER["tables"] for line in one["rows"] if "row" in line}
+    assert named <= set(PAPER["rows"])
+    for row, described in PAPER["rows"].items():
+        load_config(ROOT / described["config"])
+        for metrics, match in reproduce.grouped(ledger.wanted(PAPER, row)):
+            options, _ = reproduce.parse([f"--row={row}"])
+            _, *flags = reproduce.evaluation(Path("runs/x"), metrics, match, options)
+            parsed = vars(evaluate_script.flags().parse_args(flags))
+            assert parsed["metrics"] == ",".join(metrics)
+            for name, value in match.items():
+                assert parsed[name] == ({True: "true", False: "false"}[value] if isinstance(value, bool) else value)
+
+
+def test_a_record_fills_its_cell_and_no_other():
+    def ours(records: list[dict]) -> list[str]:
+        text = ledger.paper_section(table("Table 2: objectives"), [r for r in records if r["scale"] == "full"])
+        return [cell.strip() for line in text.splitlines() if "L_simple" in line for cell in line.split("|")]
+
+    assert ours([record(**FID)]) == ["", "L_simple", "9.46 ± 0.11", "not run", "3.17", "3.310", ""]
+    others = [
+        record(**FID | {"num_images": 5000}),
+        record(**FID | {"metric": "fid-768"}),
+        record(**FID | {"sampler": "ddim"}),
+        record("eps_l_fixed", **FID),
+        record(scale="small", **FID),
+    ]
+    assert ours(others) == ["", "L_simple", "9.46 ± 0.11", "not run", "3.17", "not run", ""]
+    assert "3.200" in ours([record(**FID), record(**FID | {"value": 3.2})])  # the last counts
+
+
+def test_table_4_is_read_off_the_curve():
+    rows = {str(row): {"rate": row / 1000, "rmse": 50.0} for row in range(100, 1001, 100)}
+    text = ledger.paper_section(table("Table 4"), [record(metric="nll", split="test", curve_rows=rows)])
+    assert "| 300 | 0.00081 | 0.300 | 54.18826 | 50 |" in text
+    assert "not run" not in text
+
+
+def test_a_run_replaces_its_own_results_only(tmp_path):
+    results = tmp_path / "deep" / "results.jsonl"
+    reproduce.keep(results, [record(value=1.0), record(value=2.0)])
+    reproduce.keep(results, [record("mu_l_fixed", value=3.0)])
+    reproduce.keep(results, [record(value=4.0)])
+    assert [(one["row"], one["value"]) for one in ledger.read_records(results)] == [("mu_l_fixed", 3.0), ("eps_simple", 4.0)]
+
+
+def test_reproduction_md_is_what_the_ledger_writes():
+    results = ledger.read_records(ROOT / "benchmarks" / "results" / "reproduction.jsonl")
+    written = ledger.document(ROOT, PAPER, results)
+    assert (ROOT / "REPRODUCTION.md").read_text() == written, "python scripts/reproduce.py --ledger"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "--row=NAME says what to reproduce"),
+        (["--row=best"], "--row=best: one of mu_l_learned"),
+        (["--row=eps_simple", "--imported=x.ckpt"], "add --scale=full"),
+        (["--row=mu_l_fixed", "--imported=x.ckpt", "--scale=full"], "no checkpoint of it has been published"),
+    ],
+)
+def test_bad_requests_are_told(flags, said):
+    with pytest.raises(ledger.LedgerError, match=said):
+        reproduce.main([*flags, "--dry_run"])
+
+
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(record()) + "\n{")
+    with pytest.raises(ledger.LedgerError, match="results.jsonl: line 2 is not JSON"):
+        ledger.read_records(tmp_path / "results.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["eps_simple", "4k_cosine_hybrid"])
+def test_the_whole_road_at_small_scale(row, tmp_path):
+    """Train, evaluate, record, as commands; the second time there is nothing left to do."""
+    results, short = tmp_path / "results.jsonl", "--config.train.steps=3"
+    flags = [f"--row={row}", f"--runs={tmp_path / 'runs'}", f"--results={results}", f"--output={tmp_path / 'L.md'}", short]
+    reproduce.main(flags)
+    found = ledger.read_records(results)
+    assert [one["metric"] for one in found] == ["nll", "pixels"]
+    assert all(one["row"] == row and one["scale"] == "small" and one["step"] == 3 for one in found)
+    bound = ledger.number(found[0]["total"], found[0]["total_standard_error"])
+    assert f"| `{row}` | 3 x 128 | {bound} |" in (tmp_path / "L.md").read_text()
+    reproduce.main(flags)
+    assert ledger.read_records(results) == found
