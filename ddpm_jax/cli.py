@@ -17,8 +17,9 @@ from typing import NoReturn
 
 import jax
 
-from ddpm_jax import hosts, programs
+from ddpm_jax import hosts, pretrained, programs
 from ddpm_jax.config import Config, load_config
+from ddpm_jax.devices import Devices
 from ddpm_jax.errors import UserError
 
 
@@ -41,6 +42,19 @@ def parser(description: str | None, example: str) -> argparse.ArgumentParser:
 
 def add_workdir(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
     flags.add_argument("--workdir", type=folder, required=required, metavar="DIR", help="the run directory")
+
+
+def add_run(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--workdir, or in its place --pretrained, which `find_run` makes a run directory of."""
+    group = flags.add_mutually_exclusive_group(required=required)
+    group.add_argument("--workdir", type=folder, metavar="DIR", help="the run directory")
+    group.add_argument("--pretrained", metavar="NAME", help="or a network that ships: cifar10_small, digits, fashion_mnist")
+
+
+def find_run(options: argparse.Namespace, devices: Devices) -> None:
+    """Leaves in `options.workdir` the run that the flags of `add_run` name."""
+    if options.pretrained is not None:
+        options.workdir = pretrained.unpack(options.pretrained, devices)
 
 
 def add_data_dir(flags: argparse.ArgumentParser) -> None:

@@ -231,13 +231,14 @@ def comparison_section(results: Path) -> str:
 def shipped_section(shipped: Path) -> str:
     """The networks of pretrained/."""
     lines = []
-    for file in sorted(shipped.glob("*/weights.safetensors")):
-        records = {record["metric"]: record for record in read_records(file.with_name("evaluations.jsonl"))}
+    for folder in sorted(path.parent for path in shipped.glob("*/evaluations.jsonl")):
+        size = sum(file.stat().st_size for file in (folder / "unet").iterdir())
+        records = {record["metric"].lower(): record for record in read_records(folder / "evaluations.jsonl")}
         nll, fid = records.get("nll"), records.get("fid-768")
         lines.append(
             [
-                f"`--pretrained={file.parent.name}`",
-                f"{file.stat().st_size / 1e6:.1f} MB",
+                f"`--pretrained={folder.name}`",
+                f"{size / 1e6:.1f} MB",
                 number(nll["total"], nll.get("total_standard_error")) if nll else "not run",
                 f"{number(fid['value'])} ({fid['num_images']:,} samples)" if fid else "not run",
             ]

@@ -1,7 +1,7 @@
 """Small trained networks that ship with the code: `--pretrained=NAME` opens one as a run directory.
 
-pretrained/NAME/ holds weights.safetensors, the averaged weights in bfloat16 with their config in the header, as
-`export_weights.py --layout=pesser --dtype=bfloat16` writes them. Beside it lie the records of how they came about.
+pretrained/NAME/ is what `export_weights.py --layout=diffusers --dtype=bfloat16` writes, so DDPMPipeline opens it as well: the
+averaged weights. Beside them lie config.json and the records of how they came about, metrics.jsonl and evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-
+from ddpm_jax import hosts
 from ddpm_jax.checkpoints import WorkdirError
 from ddpm_jax.devices import Devices
 from ddpm_jax.trained import save_imported
@@ -21,10 +20,11 @@ from ddpm_jax.weights.workdir import RECORD
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 RUNS = Path("runs/pretrained")
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
 def names() -> list[str]:
-    return sorted(path.parent.name for path in SHIPPED.glob("*/weights.safetensors"))
+    return sorted(folder.name for folder in SHIPPED.glob("*") if (folder / WEIGHTS).is_file())
 
 
 def unpack(name: str, devices: Devices, runs: Path = RUNS) -> Path:
@@ -35,11 +35,11 @@ def unpack(name: str, devices: Devices, runs: Path = RUNS) -> Path:
     """
     if name not in names():
         raise WorkdirError(f"--pretrained={name}: one of {', '.join(names()) or 'none: this installation has no weights'}")
-    file, workdir = SHIPPED / name / "weights.safetensors", runs / name
-    if devices.is_main and not _made_of(workdir, file):
-        shutil.rmtree(workdir, ignore_errors=True)
-        save_imported(workdir, import_weights("pesser", file))
-    devices.from_main(np.zeros(1))  # the other hosts wait until it is there
+    shipped, workdir = SHIPPED / name, runs / name
+    with hosts.together():
+        if devices.is_main and not _made_of(workdir, shipped / WEIGHTS):
+            shutil.rmtree(workdir, ignore_errors=True)
+            save_imported(workdir, import_weights("diffusers", shipped, config_file=shipped / "config.json"))
     return workdir
 
 

@@ -35,7 +35,7 @@ from ddpm_jax.trained import Trained, open_trained
 
 def main(argv: list[str] | None = None) -> None:
     flags = cli.parser(__doc__, "python scripts/code_images.py --workdir=runs/digits --mode=measure --num_images=100")
-    cli.add_workdir(flags)
+    cli.add_run(flags)
     cli.add_data_dir(flags)
     add = flags.add_argument
     add("--mode", choices=["encode", "decode", "measure"], required=True)
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         check(options.output.suffix in (".npz", ".png"), f"--output={options.output}: must end in .npz or .png")
 
     devices = Devices(Devices().local[:1])
+    cli.find_run(options, devices)
     trained = open_trained(options.workdir, devices, weights=options.weights, step=options.step)
     {"encode": encode, "decode": decode, "measure": measure}[options.mode](trained, devices, options)
 

@@ -104,6 +104,7 @@ class Evaluation:
         self.options, self.devices = options, Devices()
         self.trained: Trained | None = None
         self.data: DataConfig | None = None
+        cli.find_run(options, self.devices)
         if options.workdir is not None:
             trained = open_trained(options.workdir, self.devices, weights=options.weights, step=options.step)
             given = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
@@ -284,7 +285,7 @@ def build_reference(evaluation: Evaluation) -> None:
 
 def flags() -> argparse.ArgumentParser:
     made = cli.parser(__doc__, "python scripts/evaluate.py --workdir=runs/cifar10 --metrics=nll,fid,is --num_images=50000")
-    cli.add_workdir(made, required=False)
+    cli.add_run(made, required=False)
     cli.add_data_dir(made)
     cli.add_config(made, required=False)
     add = made.add_argument
@@ -337,8 +338,9 @@ def check_flags(options: argparse.Namespace) -> list[str]:
     for seed in (options.seed, *options.seeds):
         check(0 <= seed < 2**32, f"--seed={seed}: must be in 0..2^32-1")
     needs_run = "nll" in names or options.samples is None and bool(names)
-    check(options.workdir is not None or not needs_run, "--workdir: which run? (or --samples of any other origin)")
-    check(options.workdir is None or options.config is None, "--config: of no use with --workdir, which has its own")
+    run = options.workdir or options.pretrained
+    check(run is not None or not needs_run, "--workdir: which run? (or --pretrained, or --samples of any other origin)")
+    check(run is None or options.config is None, "--config: of no use with --workdir, which has its own")
     given = [f"--{name}" for name in ("sampler", "steps", "spacing", "eta", "label") if getattr(options, name) is not None]
     check(options.samples is None or not given, f"{' '.join(given)}: of no use with --samples, which are drawn already")
     return names

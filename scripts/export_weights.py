@@ -11,7 +11,7 @@ from ddpm_jax.weights.layouts import EXPORTS
 
 def main(argv: list[str] | None = None) -> None:
     flags = cli.parser(__doc__, "python scripts/export_weights.py --workdir=runs/cifar10 --layout=diffusers --output=exported")
-    cli.add_workdir(flags)
+    cli.add_run(flags)
     add = flags.add_argument
     add("--layout", required=True, choices=EXPORTS, help="the code base that shall read them")
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--format", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the numbers in the file (default: {DTYPES[0]})")
     options = flags.parse_args(argv)
-    trained = open_trained(options.workdir, Devices(), weights=options.weights, step=options.step)
+    devices = Devices()
+    cli.find_run(options, devices)
+    trained = open_trained(options.workdir, devices, weights=options.weights, step=options.step)
     file = export_weights(
         options.layout,
         trained.config,

@@ -249,7 +249,7 @@ def flags() -> argparse.ArgumentParser:
         __doc__,
         "python scripts/sample.py --workdir=runs/cifar10 --mode=grid --steps=1000 --num_images=64 --output=grid.png",
     )
-    cli.add_workdir(made)
+    cli.add_run(made)
     cli.add_data_dir(made)
     add = made.add_argument
     add("--mode", choices=MODES, default="grid", help="what to draw (default: grid)")
@@ -309,6 +309,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 def open_job(options: argparse.Namespace) -> Job:
     devices = Devices()
+    cli.find_run(options, devices)
     trained = open_trained(options.workdir, devices, weights=options.weights, step=options.step)
     given = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
     for name in ("clip", "rederive_eps"):

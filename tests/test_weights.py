@@ -471,26 +471,40 @@ def test_bfloat16_halves_an_export_and_rounds_to_eight_bits(tmp_path):
 
 
 def test_a_shipped_network_becomes_a_run_once(tmp_path, monkeypatch):
-    config, devices = config_of("pesser", channels=1), Devices(jax.devices()[:2])
+    config, devices = config_of("diffusers", channels=1), Devices(jax.devices()[:2])
+    config.data.name, config.train.steps = "fashion_mnist", 7
     monkeypatch.setattr(pretrained, "SHIPPED", tmp_path / "shipped")
 
     def ship(seed: int) -> dict:
         params = random_params(config, seed)
         shutil.rmtree(tmp_path / "shipped" / "dots", ignore_errors=True)
-        file = export_weights("pesser", config, params, "ema 0.9", tmp_path / "shipped" / "dots")
-        file.rename(file.with_name("weights.safetensors"))
+        export_weights("diffusers", config, params, "ema 0.9", tmp_path / "shipped" / "dots")
+        (tmp_path / "shipped" / "dots" / "config.json").write_text(save_json(config))
         return params
 
     first = ship(0)
     run = pretrained.unpack("dots", devices, tmp_path / "runs")
     assert_same(open_trained(run, devices).params, first)
     assert open_trained(run, devices).weights == "ema, imported"
+    assert open_trained(run, devices).config == config
     (run / "samples").mkdir()
     assert pretrained.unpack("dots", devices, tmp_path / "runs") == run and (run / "samples").is_dir()
     second = ship(1)  # a new version of the code brings other weights
     assert_same(open_trained(pretrained.unpack("dots", devices, tmp_path / "runs"), devices).params, second)
     with pytest.raises(WorkdirError, match="--pretrained=cats: one of dots"):
         pretrained.unpack("cats", devices, tmp_path / "runs")
+
+
+def test_what_ships_is_small_and_opens(tmp_path):
+    assert pretrained.names() == ["cifar10_small", "digits", "fashion_mnist"]
+    for name in pretrained.names():
+        folder = pretrained.SHIPPED / name
+        assert (folder / pretrained.WEIGHTS).stat().st_size < 8e6
+        assert json.loads((folder / "config.json").read_text())["data"]["name"] in ("cifar10", "digits", "fashion_mnist")
+        assert {"nll"} <= {json.loads(line)["metric"] for line in (folder / "evaluations.jsonl").read_text().splitlines()}
+    run = pretrained.unpack("digits", Devices(jax.devices()[:1]), tmp_path)
+    sample_script.main([f"--workdir={run}", f"--output={tmp_path / 'grid.png'}", "--num_images=4", "--steps=2"])
+    assert (tmp_path / "grid.png").stat().st_size > 100
 
 
 # ---------------------------------------------------------------------------------------------- raw or averaged
