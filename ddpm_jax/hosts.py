@@ -151,7 +151,10 @@ def same(what: str, value: object) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What one host refuses in this block, all refuse: its UserError or OSError is a HostError on the others."""
+    """What one host refuses in this block, all refuse: its UserError or OSError is a HostError on the others.
+
+    The block itself must not wait for other hosts: one that has refused would answer something else.
+    """
     refusal: UserError | OSError | None = None
     try:
         yield

@@ -120,9 +120,9 @@ def train(
             stack.enter_context(sole_trainer(workdir))
         with hosts.together():
             check_shared(workdir, config)
-            keep = {name: getattr(config.train, name) for name in ("keep_every", "keep_best")}
-            checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep_checkpoints, **keep))
             writer = stack.enter_context(MetricWriter(workdir, enabled=devices.is_main))
+        keep = {name: getattr(config.train, name) for name in ("keep_every", "keep_best")}
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep_checkpoints, **keep))
         stop = stack.enter_context(StopRequest(devices))
         state = restore_or_init(config, checkpoints, devices, step)
         start = int(state.step)
@@ -163,7 +163,6 @@ def train(
 
 def check_shared(workdir: Path, config: Config) -> None:
     """WorkdirError unless this host sees the run directory that the first one has just claimed."""
-    hosts.barrier("claimed")
     there = (workdir / "config.json").is_file()
     if not there or configs.differences(load_workdir_config(workdir), config):
         raise WorkdirError(f"--workdir={workdir} is not on a disk that all hosts share")

@@ -28,7 +28,7 @@ from ddpm_jax.devices import Devices
 from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
 from ddpm_jax.evaluation.record import read_evaluations
 from ddpm_jax.generate import Generator
-from ddpm_jax.images import to_uint8
+from ddpm_jax.images import save_png, to_uint8
 from ddpm_jax.loop import train
 from ddpm_jax.trained import open_trained
 
@@ -219,28 +219,37 @@ def test_hosts_that_differ_are_all_refused(tmp_path, own, said):
     assert not workdir.exists()
 
 
-def test_what_one_host_refuses_all_refuse(tmp_path):
-    """The data set lies on the first machine only, here: behind a relative path that leads elsewhere on the second."""
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-    source = tmp_path / "first" / "pictures"
-    source.mkdir()
-    for index in range(8):
-        from PIL import Image
-
-        Image.new("L", (8, 8), index).save(source / f"{index}.png")
-    workdir, flags = endless(tmp_path)
-    flags += ["--config.data.name=folder", "--config.data.path=pictures"]
+def start_apart(tmp_path: Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes in two folders, so that a relative path is another one for each: machines that share no disk."""
     common = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     processes = []
-    for host, folder in enumerate(("first", "second")):
-        at = ["bash", "-c", f'cd {tmp_path / folder} && exec "$@"', "bash"]
+    for host, folder in enumerate((tmp_path / "first", tmp_path / "second")):
+        folder.mkdir(exist_ok=True)
+        at = ["bash", "-c", f'cd {folder} && exec "$@"', "bash"]
         environment = {"JAX_NUM_CPU_DEVICES": "4"}
         processes.append(script("train.py", *flags, *common, f"--process_id={host}", before=at, environment=environment))
-    first, second = end(processes)
+    return processes
+
+
+def test_what_one_host_refuses_all_refuse(tmp_path):
+    """The data lies on the first machine only."""
+    source = tmp_path / "first" / "pictures"
+    source.mkdir(parents=True)
+    for index in range(8):
+        save_png(source / f"{index}.png", np.full((8, 8, 1), index, np.uint8))
+    workdir, flags = endless(tmp_path)
+    first, second = end(start_apart(tmp_path, *flags, "--config.data.name=folder", "--config.data.path=pictures"))
     assert first[0] == 1 and "host 1 says: pictures: no such folder" in first[2].splitlines()[-1]
     assert second[0] == 1 and "error: pictures: no such folder" in second[2].splitlines()[-1]
     assert not workdir.exists()
+
+
+def test_hosts_that_share_no_disk_are_refused(tmp_path):
+    config = write_config(tmp_path, tiny_config())
+    first, second = end(start_apart(tmp_path, f"--config={config}", "--workdir=run"))
+    for code, _, said in (first, second):
+        assert code == 1 and "--workdir=run is not on a disk that all hosts share" in said.splitlines()[-1]
+    assert not (tmp_path / "second" / "run").exists()
 
 
 def test_a_host_that_never_comes_is_reported_in_time(tmp_path):
