@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -137,7 +138,14 @@ def parse_with_overrides(flags: argparse.ArgumentParser, argv: list[str] | None)
 
 def run(main: Callable[[], int | None]) -> None:
     """Ends the process with the code of `outcome`."""
-    code = outcome(main)
+    try:
+        code = outcome(main)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        # A traceback, but not the wait for the others that leaving the interpreter would begin: they wait for us.
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 1:
@@ -161,9 +169,11 @@ def outcome(main: Callable[[], int | None]) -> int:
             raise
         return complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return complain("out of memory: a smaller batch, --config.train.accumulation or --config.model.remat=true take less")
+        if jax.process_count() == 1:
             raise
-        return complain("out of memory: a smaller batch, --config.train.accumulation or --config.model.remat=true take less")
+        return complain(f"the hosts lost one another ({str(error).splitlines()[0]}): start all of them again, they go on")
     except MemoryError:
         return complain("out of memory: this config is too large for the machine")
     except KeyboardInterrupt:

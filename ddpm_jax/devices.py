@@ -113,6 +113,14 @@ class Devices:
             return value
         return self._largest(np.full(len(self.local), value, np.int32))
 
+    def meet(self) -> None:
+        """Connects all devices of all hosts, while the hosts are in step.
+
+        The first collective makes the connections, and gloo gives that half a minute: less than one host may compile longer than
+        another. Once connected they wait for one another.
+        """
+        int(self.largest(0))
+
     def from_main(self, values: np.ndarray) -> np.ndarray:
         """`values` as the first process has them, on every host: for decisions that depend on its disk."""
         return hosts.from_main(values)

@@ -115,6 +115,7 @@ def train(
         hosts.same("the config", configs.save_json(config))
         hosts.same("--step", step)
         hosts.same("the data set", [fingerprint(part) for part in (source, held_out) if part is not None])
+        devices.meet()
         with hosts.together():
             claim_workdir(workdir, config)
             stack.enter_context(sole_trainer(workdir))

@@ -2,6 +2,7 @@
 
 train       the training step: time, images/s, compile time, memory, share of the measured peak of matrix products
 sample      one step of the sampler
+chain       what a step of the sampler's loop costs beyond the forward pass that it makes
 components  convolutions, GroupNorm, attention and dropout by themselves, at every size that the network has
 host        what Python costs: time until a step's call returns, and the gap that it leaves between steps on the device
 data        the data pipeline by itself, and how many times over it feeds the training step
@@ -27,7 +28,7 @@ from ddpm_jax.config import Config, ConfigError, load_config
 from ddpm_jax.devices import Devices
 from ddpm_jax.progress import Progress
 
-WHAT = ("train", "sample", "components", "host", "data", "start")
+WHAT = ("train", "sample", "chain", "components", "host", "data", "start")
 Results = dict[str, Any]
 
 
@@ -95,6 +96,12 @@ def measure(config: Config, options: argparse.Namespace) -> Results:
     finally:
         if rival is not None:
             rival.close()
+    if "chain" in options.what:
+        say("chain: compiling")
+        sized = config, devices, config.train.batch_size
+        taken = timing.in_turn({"step": ours.SamplingSteps(*sized), "forward": ours.ForwardPasses(*sized)}, options.rounds)
+        ratio = timing.paired_ratio(taken["step"], taken["forward"])
+        results["chain"] = {name: timing.summary(values) for name, values in taken.items()} | {"ratio": ratio}
     if "host" in options.what:
         say("host: compiling a loop of steps")
         loop = ours.DeviceLoop(config, devices)
@@ -137,6 +144,10 @@ def table(results: Results) -> list[str]:
         lines.append(
             f"host    a call returns after {host['call']['median_ms']:.3g} ms; gap between steps {host['gap_ms']:.3g} ms"
         )
+    if "chain" in results:
+        chain = results["chain"]
+        step, forward = chain["step"]["median_ms"], chain["forward"]["median_ms"]
+        lines.append(f"chain   a step {step:.4g} ms, a forward pass {forward:.4g} ms, ratio {chain['ratio']['median']:.3f}")
     if "data" in results:
         lines.append(
             f"data    {results['data']['images_per_s']:.4g} images/s, {results['data']['times_the_step']:.3g} times the step's"

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -201,6 +202,32 @@ def test_a_host_that_dies_or_hangs_ends_the_other_in_time(tmp_path, host, number
     with Checkpoints.reading(workdir) as checkpoints:
         good = checkpoints.steps()[-1]
     assert good >= 5 and int(final_state(tiny_config(), workdir, good).step) == good
+
+
+FAULTY = """
+import runpy, sys
+from ddpm_jax import loop
+
+def fingerprint(source):
+    raise RuntimeError("a fault of the code")
+
+loop.fingerprint = fingerprint
+sys.argv = sys.argv[2:]  # after -c and the interpreter
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_fault_on_one_host_ends_both(tmp_path):
+    """The one says what it was and does not wait for the other, which waits for it."""
+    _, flags = endless(tmp_path)
+    flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", f"--host_timeout={HOST_TIMEOUT}"]
+    four = {"JAX_NUM_CPU_DEVICES": "4"}
+    first = script("train.py", *flags, "--process_id=0", environment=four)
+    faulty = [sys.executable, "-c", FAULTY]
+    second = script("train.py", *flags, "--process_id=1", before=faulty, environment=four)
+    (code, _, said), (other, _, _) = end([second, first])
+    assert code == 1 and said.rstrip().endswith("RuntimeError: a fault of the code")
+    assert other == -signal.SIGABRT
 
 
 @pytest.mark.parametrize(

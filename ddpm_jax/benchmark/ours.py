@@ -106,6 +106,29 @@ class SamplingSteps:
         return self.batch_size * forward_flops(self.config)
 
 
+class ForwardPasses:
+    """The network alone, on x_t of all devices: what the steps of the chain are measured by."""
+
+    def __init__(self, config: Config, devices: Devices, batch_size: int, passes: int = CHAIN) -> None:
+        bind, self._passes = denoiser(config), passes
+
+        def forward(params: Any, batch: Batch) -> jax.Array:
+            return bind(params, batch.get("label"))(batch["x"], batch["t"])
+
+        random = np.random.default_rng(0)
+        x = random.standard_normal((batch_size, *image_shape(config)), np.float32)
+        columns = {"x": x, "t": np.full(batch_size, config.diffusion.timesteps // 2, np.int32)} | _labels(config, batch_size)
+        self._params = devices.replicate(init_state(config).params)
+        self._batch = devices.place(columns)
+        self._forward, _ = compile_timed(devices.map_batch(forward), self._params, self._batch)
+
+    def __call__(self) -> float:
+        """Seconds a pass, of as many in flight together as the chain has rows."""
+        start = time.perf_counter()
+        jax.block_until_ready([self._forward(self._params, self._batch) for _ in range(self._passes)])
+        return (time.perf_counter() - start) / self._passes
+
+
 def compile_timed(mapped: Any, *args: Any) -> tuple[Any, dict[str, float]]:
     """The compiled program for `args`, and how long that took and what it needs."""
     start = time.perf_counter()
