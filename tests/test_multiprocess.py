@@ -184,6 +184,14 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, host, number,
         assert checkpoints.steps() == [metrics_seen(workdir / "metrics.jsonl")]
 
 
+def assert_lost(ended: tuple[int, str, str]) -> None:
+    """Whoever notices first tells it: JAX's coordination service, or the collective that was under way."""
+    code, _, said = ended
+    by_service = code == -signal.SIGABRT and "another task died" in said
+    by_collective = code == 1 and "error: the hosts lost one another" in said.splitlines()[-1]
+    assert by_service or by_collective, (code, said[-2000:])
+
+
 @pytest.mark.parametrize("host", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_dies_or_hangs_ends_the_other_in_time(tmp_path, host, number):
@@ -192,11 +200,11 @@ def test_a_host_that_dies_or_hangs_ends_the_other_in_time(tmp_path, host, number
     wait_for_step(workdir, 8, processes[0])
     processes[host].send_signal(number)
     died = time.monotonic()
-    code, _, said = finish(processes[1 - host])
+    survivor = finish(processes[1 - host])
     seconds = time.monotonic() - died
     processes[host].kill()
     finish(processes[host])
-    assert code == -signal.SIGABRT and "another task died" in said
+    assert_lost(survivor)
     assert seconds < HOST_TIMEOUT + 10, seconds
     print(f"host {host} got {number.name}: the other ended after {seconds:.1f} s")
     with Checkpoints.reading(workdir) as checkpoints:
@@ -225,9 +233,9 @@ def test_a_fault_on_one_host_ends_both(tmp_path):
     first = script("train.py", *flags, "--process_id=0", environment=four)
     faulty = [sys.executable, "-c", FAULTY]
     second = script("train.py", *flags, "--process_id=1", before=faulty, environment=four)
-    (code, _, said), (other, _, _) = end([second, first])
+    (code, _, said), other = end([second, first])
     assert code == 1 and said.rstrip().endswith("RuntimeError: a fault of the code")
-    assert other == -signal.SIGABRT
+    assert_lost(other)
 
 
 @pytest.mark.parametrize(
