@@ -191,7 +191,7 @@ def test_speed_beside_pytorch(state: State, path: Path, capsys: pytest.CaptureFi
                 rates[name].append(len(images) / (time.monotonic() - started))
     with capsys.disabled():
         print("\nfeatures/s: " + ", ".join(f"{name} {max(values):.1f} ({min(values):.1f})" for name, values in rates.items()))
-    assert max(rates["jax"]) > 0.5 * max(rates["torch"])
+    assert max(rates["jax"]) > 0.3 * max(rates["torch"])
 
 
 def test_files_of_both_formats_are_read_as_pytorch_reads_them(path: Path, state: State, tmp_path: Path) -> None:
