@@ -149,7 +149,7 @@ def sources(paper: Record, records: Sequence[Record]) -> str:
         return "No cell of the papers' tables has been filled yet: their networks were neither trained nor at hand here.\n"
     return "\n".join(
         f"- `{record['row']}`, {record['metric']}: {record['origin']}, step {record['step']}, {record['weights']} weights, "
-        f"on {record['device']}; `{record['command']}`"
+        f"on {record['device']}, code {record['commit']}"
         for record in used
     )
 

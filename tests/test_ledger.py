@@ -18,7 +18,7 @@ FID = {"metric": "fid", "sampler": "ancestral", "num_images": 50000, "value": 3.
 
 
 def record(row: str = "eps_simple", scale: str = "full", **values) -> dict:
-    told = {"origin": "trained", "step": 800000, "weights": "ema 0.9999", "device": "8 x TPU v5 lite", "command": "evaluate"}
+    told = {"origin": "trained", "step": 800000, "weights": "ema 0.9999", "device": "8 x TPU v5 lite", "commit": "1a2b3c4"}
     return told | {"row": row, "scale": scale} | values
 
 
@@ -77,6 +77,8 @@ def test_a_record_fills_its_cell_and_no_other():
     ]
     assert ours(others) == ["", "L_simple", "9.46 ± 0.11", "not run", "3.17", "not run", ""]
     assert "3.200" in ours([record(**FID), record(**FID | {"value": 3.2})])  # the last counts
+    told = "- `eps_simple`, fid: trained, step 800000, ema 0.9999 weights, on 8 x TPU v5 lite, code 1a2b3c4"
+    assert told in ledger.document(ROOT, PAPER, [record(**FID)])
 
 
 def test_table_4_is_read_off_the_curve():
