@@ -1,6 +1,9 @@
 """Eight simulated devices, no silent rank promotion: what a pod does to the code, on any machine."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # The compiled programs of one run serve the next, and the subprocesses that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
@@ -11,3 +14,10 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drops the programs of a file when it is done: all at once take 10 GB, and more memory maps than Linux lets a process have."""
+    yield
+    jax.clear_caches()
