@@ -18,6 +18,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
-    """Drops the programs of a file when it is done: all at once take 10 GB, and more memory maps than Linux lets a process have."""
+    """Drops a file's programs when it is done: all of them take 10 GB, and more memory maps than Linux lets a process have."""
     yield
     jax.clear_caches()
