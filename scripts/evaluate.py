@@ -65,7 +65,7 @@ def measure_nll(trained: Trained, devices: Devices, options: argparse.Namespace)
     )
     title = (
         f"{config.data.name} {options.split}, {nll.images} images, {len(nll.strata)} of {nll.strata.timesteps} terms, "
-        f"weights {trained.weights}, step {trained.step}, clip {protocol.clip}, cdf {options.cdf}, seed {options.seed}"
+        f"weights {trained.weights}, step {trained.step}, clip {str(protocol.clip).lower()}, cdf {options.cdf}, seed {options.seed}"
     )
     print(title, rate_distortion.format_table(nll), sep="\n")
     if config.data.padding:
