@@ -3,6 +3,8 @@
 nll    the variational bound of a data split in bits/dim (eq. 5 of the paper), its terms, and the rate-distortion curve (Table 4,
        Figure 5): CSV and plot in workdir/evaluations/. All T terms take T forward passes an image; --num_timesteps=K estimates
        from K of them, drawn by strata anew for each image
+reconstruction
+       mean squared error of DDIM's codes: images of the split to x_T and back in --steps steps (Song et al. 2021, Table 2)
 fid    Frechet Inception distance, and what it would be at infinite N
 kid    kernel Inception distance, unbiased, with its standard error
 is     Inception Score over 10 splits
@@ -12,8 +14,8 @@ pixels Frechet distance of the pixels themselves, for images too small for Incep
 audit  does the model remember? Distances of samples to the training set, against those of held-out images: in pixels, and with
        --inception in features; the nearest pairs as CSV and PNG
 
-All but nll are of samples: drawn from the run into workdir/evaluations/samples/, where an interrupted evaluation goes on, or any
---samples. All but nll, pixels and audit see them through Inception-v3 of 2015-12-05, which is downloaded unless --inception
+The rest are of samples: drawn from the run into workdir/evaluations/samples/, where an interrupted evaluation goes on, or any
+--samples. All of those but pixels and audit see them through Inception-v3 of 2015-12-05, which is downloaded unless --inception
 names a file, and compare with a --reference, which --build_reference makes, or the first evaluation that needs it. Numbers of
 other than its 2048 features say so: FID-768 is no FID.
 
@@ -37,8 +39,9 @@ from ddpm_jax.evaluation.errors import EvaluationError
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.image_sets import ImageSet, of_split, open_images
 from ddpm_jax.evaluation.inception_weights import load_inception
-from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
+from ddpm_jax.evaluation.nll import Estimate, Protocol, evaluate_nll
 from ddpm_jax.evaluation.pixels import pixel_distance
+from ddpm_jax.evaluation.reconstruction import reconstruction_errors
 from ddpm_jax.evaluation.record import NAME, append_evaluation
 from ddpm_jax.evaluation.references import Reference
 from ddpm_jax.evaluation.resize import RESIZES
@@ -47,7 +50,8 @@ from ddpm_jax.generate import with_sampling
 from ddpm_jax.samplers import SAMPLERS, SPACING_NAMES
 from ddpm_jax.trained import Trained, open_trained
 
-METRICS = ("nll", *quality.METRICS, "pixels", "audit")
+OF_IMAGES = ("nll", "reconstruction")  # of a split of the run's data, not of samples
+METRICS = (*OF_IMAGES, *quality.METRICS, "pixels", "audit")
 
 
 def measure_nll(trained: Trained, devices: Devices, options: argparse.Namespace) -> dict[str, Any]:
@@ -64,8 +68,8 @@ def measure_nll(trained: Trained, devices: Devices, options: argparse.Namespace)
         progress=True,
     )
     title = (
-        f"{config.data.name} {options.split}, {nll.images} images, {len(nll.strata)} of {nll.strata.timesteps} terms, "
-        f"weights {trained.weights}, step {trained.step}, clip {str(protocol.clip).lower()}, cdf {options.cdf}, seed {options.seed}"
+        f"{config.data.name} {options.split}, {nll.images} images, {len(nll.strata)} of {nll.strata.timesteps} terms, weights "
+        f"{trained.weights}, step {trained.step}, clip {str(protocol.clip).lower()}, cdf {options.cdf}, seed {options.seed}"
     )
     print(title, rate_distortion.format_table(nll), sep="\n")
     if config.data.padding:
@@ -94,6 +98,27 @@ def measure_nll(trained: Trained, devices: Devices, options: argparse.Namespace)
         "forward_passes": nll.images * len(nll.strata),
         "seconds": round(nll.seconds, 3),
         "curve": f"evaluations/{name}.csv",
+    }
+
+
+def measure_reconstruction(trained: Trained, devices: Devices, options: argparse.Namespace) -> dict[str, Any]:
+    config = trained.config
+    source = load_source(config.data, options.data_dir, options.split)
+    sizes = {"num_images": options.num_images, "batch_size": options.batch_size}
+    errors = reconstruction_errors(config, trained.params, source, devices, progress=True, **sizes)
+    found, steps = Estimate.of(errors), config.sampling.steps or config.diffusion.timesteps
+    protocol = (
+        f"{len(errors)} images, {steps} steps, spacing {config.sampling.spacing}, weights {trained.weights}, step {trained.step}"
+    )
+    print(f"{config.data.name} {options.split}, {protocol}")
+    print(f"{'reconstruction':16}{found.mean:12.6f} +- {found.standard_error:.6f}  (squared error a pixel, values in [0, 1])")
+    return {
+        "value": found.mean,
+        "standard_error": found.standard_error if len(errors) > 1 else None,
+        "split": options.split,
+        "num_images": len(errors),
+        "steps": steps,
+        "spacing": config.sampling.spacing,
     }
 
 
@@ -290,13 +315,17 @@ def flags() -> argparse.ArgumentParser:
     cli.add_config(made, required=False)
     add = made.add_argument
     add("--metrics", metavar="A,B", help=f"any of {', '.join(METRICS)}")
-    add("--num_images", type=int, metavar="N", help="(default: nll the whole split, samples 50000, or all of --samples)")
+    add("--num_images", type=int, metavar="N", help="(default: of a split all, samples 50000, or all of --samples)")
     add("--batch_size", type=int, default=128, metavar="N", help="images at once, over all devices (default: 128)")
     add("--seed", type=int, default=0, help="of every draw (default: 0)")
     add("--weights", default="ema", metavar="NAME", help="ema, raw, or a decay such as 0.9999 (default: ema)")
     add("--step", type=cli.step, metavar="N", help="the checkpoint (default: the newest)")
-    add("--clip", choices=["true", "false"], help="clip x0_hat to [-1, 1] (default: true; samples: the config's)")
-    nll = made.add_argument_group("nll")
+    add(
+        "--clip",
+        choices=["true", "false"],
+        help="clip x0_hat to [-1, 1] (default: true; samples: the config's; codes: never)",
+    )
+    nll = made.add_argument_group("nll and reconstruction")
     nll.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
     nll.add_argument("--num_timesteps", type=int, default=0, metavar="K", help="terms an image; 0: all T (default: 0)")
     nll.add_argument("--cdf", choices=sorted(CDFS), default="tanh", help="of the decoder: the paper's or exact (default: tanh)")
@@ -337,7 +366,7 @@ def check_flags(options: argparse.Namespace) -> list[str]:
     options.seeds = options.seeds or [options.seed]
     for seed in (options.seed, *options.seeds):
         check(0 <= seed < 2**32, f"--seed={seed}: must be in 0..2^32-1")
-    needs_run = "nll" in names or options.samples is None and bool(names)
+    needs_run = bool({*OF_IMAGES} & {*names}) or options.samples is None and bool(names)
     run = options.workdir or options.pretrained
     check(run is not None or not needs_run, "--workdir: which run? (or --pretrained, or --samples of any other origin)")
     check(run is None or options.config is None, "--config: of no use with --workdir, which has its own")
@@ -355,11 +384,12 @@ def main(argv: list[str] | None = None) -> None:
         build_reference(evaluation)
         return
     seen = [name for name in quality.METRICS if name in names]
-    if "nll" in names:
-        record = {"metric": "nll"} | evaluation.protocol() | measure_nll(evaluation.trained, evaluation.devices, options)
-        with hosts.together():
-            if evaluation.devices.is_main:
-                append_evaluation(options.workdir, record)
+    for name, measure in zip(OF_IMAGES, (measure_nll, measure_reconstruction)):
+        if name in names:
+            record = {"metric": name} | evaluation.protocol() | measure(evaluation.trained, evaluation.devices, options)
+            with hosts.together():
+                if evaluation.devices.is_main:
+                    append_evaluation(options.workdir, record)
     if seen:
         measure_quality(evaluation, seen)
     if "pixels" in names:

@@ -25,6 +25,7 @@ from ddpm_jax.devices import Devices
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.nll import Estimate, EvaluationError, Nll, Protocol, evaluate_nll
 from ddpm_jax.evaluation.rate_distortion import table_4
+from ddpm_jax.evaluation.reconstruction import reconstruction_errors
 from ddpm_jax.evaluation.record import append_evaluation, read_evaluations
 from ddpm_jax.randomness import Stream, example_keys, stream_key
 from ddpm_jax.training import init_state
@@ -110,6 +111,33 @@ def test_parts_add_up_and_the_estimate_agrees_with_all_terms() -> None:
     assert [steps for steps, _, _ in table_4(whole)] == [30, 27, 24, 21, 18, 15, 12, 9, 6, 3]
 
 
+def codes_written_out(config: Config, params, x: np.ndarray) -> np.ndarray:
+    """x_0 to x_T and back by eq. 13 of the DDIM paper in float64, all T steps: eps is asked for where a step starts."""
+    levels = np.concatenate([[1], np.cumprod(1 - np.linspace(config.diffusion.beta_start, config.diffusion.beta_end, 20))])
+    network = jax.jit(denoiser(config)(params, None))
+    ask = lambda x, t: np.asarray(network(jnp.asarray(x, jnp.float32), jnp.full(len(x), max(t, 0))), np.float64)  # noqa: E731
+    way = [(t - 1, t) for t in range(20)] + [(t, t - 1) for t in range(19, -1, -1)]
+    for t, to in way:
+        eps, a, b = ask(x, t), levels[t + 1], levels[to + 1]
+        x = np.sqrt(b) * (x - np.sqrt(1 - a) * eps) / np.sqrt(a) + np.sqrt(1 - b) * eps
+    return x
+
+
+def test_reconstruction_is_that_of_the_equations_whatever_the_batches() -> None:
+    """A network of random weights is no inverse of itself, so that every image has an error of its own."""
+    config = tiny_config()
+    source, params = ArraySource(images(config, 13)), init_params(config)
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    x = source.images / 127.5 - 1
+    expected = np.square((codes_written_out(config, params, x) - x) / 2).mean((1, 2, 3))
+    assert expected.min() > 1e-4
+    for count, batch_size in ((1, 13), (1, 5), (8, 8)):
+        chosen = Devices(jax.devices()[:count])
+        errors = reconstruction_errors(config, chosen.replicate(params), source, chosen, batch_size=batch_size)
+        np.testing.assert_allclose(errors, expected, rtol=2e-3)
+    assert len(reconstruction_errors(config, chosen.replicate(params), source, chosen, num_images=3, batch_size=8)) == 3
+
+
 def test_an_estimate_is_a_mean_and_its_standard_error() -> None:
     values = np.random.default_rng(0).normal(3, 2, 10_000)
     estimate = Estimate.of(values)
@@ -190,6 +218,17 @@ def test_script_prints_a_table_and_leaves_a_record(workdir: Path, capsys: pytest
     np.testing.assert_allclose(float(rows[-1]["rate"]) + record["decoder"], record["total"], rtol=1e-6)
     assert float(rows[-1]["rmse"]) == pytest.approx(record["rmse"])
     assert (workdir / record["curve"]).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_script_reconstructs(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = read_evaluations(workdir)
+    script("evaluate").main([f"--workdir={workdir}", "--metrics=reconstruction", "--steps=5", "--num_images=9", "--batch_size=8"])
+    printed = capsys.readouterr().out
+    assert "digits test, 9 images, 5 steps, spacing linspace, weights ema 0.9, step 3" in printed
+    (record,) = read_evaluations(workdir)[len(before) :]
+    expected = {"metric": "reconstruction", "steps": 5, "split": "test", "num_images": 9, "step": 3, "weights": "ema 0.9"}
+    assert record | expected == record
+    assert f"{record['value']:.6f} +- {record['standard_error']:.6f}" in printed
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_every_row_has_a_config_and_commands_that_parse():
             options, _ = reproduce.parse([f"--row={row}"])
             _, *flags = reproduce.evaluation(Path("runs/x"), metrics, match, options)
             parsed = vars(evaluate_script.flags().parse_args(flags))
-            assert parsed["metrics"] == ",".join(metrics)
+            assert set(metrics) <= set(evaluate_script.METRICS) and parsed["metrics"] == ",".join(metrics)
             for name, value in match.items():
                 assert parsed[name] == ({True: "true", False: "false"}[value] if isinstance(value, bool) else value)
 
