@@ -25,7 +25,7 @@ from ddpm_jax.flops import forward_flops
 
 Record = dict[str, Any]
 
-H100 = 0.4 * 798e12  # FLOP/s: 40 % of the bfloat16 peak that performance.md of others has measured; an assumption, not a result
+H100 = 0.4 * 798e12  # FLOP/s: 40 % of the bfloat16 peak that was measured on one elsewhere; an assumption, not a result
 
 
 class LedgerError(UserError):

@@ -78,7 +78,7 @@ def test_a_chain_and_a_step_are_those_of_the_run():
     chain = ours.SamplingSteps(config, devices, 4, rows=2)
     assert np.isfinite(chain._chain(chain._params, chain._batch)).all()
     passes = ours.ForwardPasses(config, devices, 4, passes=2)
-    assert passes() > 0 and passes._forward(passes._params, passes._batch).shape == (2, 2, *image_shape(config))
+    assert passes() > 0 and passes._forward(passes._params, passes._batch)["x"].shape == (2, 2, *image_shape(config))
     assert step.flops() == 3 * config.train.batch_size * chain.flops() / 4
 
 
