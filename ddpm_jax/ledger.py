@@ -11,6 +11,7 @@ the last counts.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,25 @@ def small_section(paper: Record, records: Sequence[Record]) -> str:
     return markdown_table(["row", "steps x images", "NLL, bits/dim", "distance of pixels"], lines) + "\n"
 
 
+def findings_section(paper: Record, records: Sequence[Record]) -> str:
+    """What the papers found, and whether the rows at small scale say so too; a difference within two standard errors does not."""
+    field = {"nll": "total", "pixels": "value"}
+    lines = []
+    for finding in paper["findings"]:
+        metric = finding["metric"]
+        found = {record["row"]: record for record in records if record["scale"] == "small" and record["metric"] == metric}
+        pair = [found.get(finding[side]) for side in ("better", "worse")]
+        verdict, shown = "not run", ["not run", "not run"]
+        if all(pair):
+            values = [math.inf if record[field[metric]] is None else record[field[metric]] for record in pair]
+            error = math.hypot(*(record.get("total_standard_error") or 0.0 for record in pair))
+            shown = [number(record[field[metric]], record.get("total_standard_error")) for record in pair]
+            verdict = "yes" if values[1] - values[0] > 2 * error else "no" if values[0] - values[1] > 2 * error else "undecided"
+        sides = [f"`{finding[side]}` {text}" for side, text in zip(("better", "worse"), shown)]
+        lines.append([finding["finding"], {"nll": "bits/dim", "pixels": "pixels"}[metric], *sides, verdict])
+    return markdown_table(["finding", "by", "should be lower", "should be higher", "seen here"], lines) + "\n"
+
+
 def comparison_section(results: Path) -> str:
     """The files that compare_with_diffusers.py wrote."""
     parts = []
@@ -286,6 +306,10 @@ with nothing but the lines of this table. Samples take 50 ancestral steps, with 
 was learned, which is one of single steps.
 
 {small_section(paper, records)}
+What the papers found, looked for in these lines, one seed each; "undecided" is a difference within two standard errors (the
+distances have none):
+
+{findings_section(paper, records)}
 ## The same recipe in PyTorch
 
 `scripts/compare_with_diffusers.py` trains a config with this code and with diffusers' UNet2DModel and DDPMScheduler in a plain
