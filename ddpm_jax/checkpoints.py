@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import re
 import shutil
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,7 @@ FREE_TO_CHANGE = (
 
 REMOVED = "removed"  # inside checkpoints/: what is about to be deleted
 HELD_OUT = "held_out_loss"
+STORAGE = ("orbax", "tensorstore", "asyncio")  # packages; no other part of this project uses the last
 
 
 class WorkdirError(UserError):
@@ -143,6 +145,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int = 3, keep_every: int = 0, keep_best: int = 0, writable: bool = True) -> None:
+        quiet_storage_threads()
         self.folder = (workdir / "checkpoints").absolute()
         self._writable, self._failed = writable, False
         self._losses: dict[int, float] = {}
@@ -225,8 +228,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
         try:
-            with quiet_threads():
-                yield
+            yield
         except Exception as error:  # from a thread and a storage library of Orbax's, under many names
             self._failed = True
             whole = [other for other in self.steps() if other != step]
@@ -253,8 +255,7 @@ class Checkpoints:
             have = ", ".join(map(str, steps)) or "none"
             raise WorkdirError(f"{self.folder}: no checkpoint of step {step}; there are: {have}")
         try:
-            with quiet_threads():
-                return self._read(like, step)
+            return self._read(like, step)
         except Exception as error:  # Orbax raises whatever its storage layer raised; the cause is kept and quoted
             before = (other for other in reversed(steps) if other < step)
             whole = next((other for other in before if self._is_whole(like, other)), None)
@@ -283,8 +284,7 @@ class Checkpoints:
 
     def _is_whole(self, like: Any, step: int) -> bool:
         try:
-            with quiet_threads():
-                self._read(like, step)
+            self._read(like, step)
         except Exception:  # as above; what is asked is only whether
             return False
         return True
@@ -323,22 +323,21 @@ def content_hash(state: Any) -> str:
     return hashlib.sha256(b"".join(leaves)).hexdigest()
 
 
-@contextlib.contextmanager
-def quiet_threads() -> Iterator[None]:
-    """No tracebacks from the storage library's threads, a hundred lines where a disk is full: the caller has the same error."""
+@functools.cache
+def quiet_storage_threads() -> None:
+    """From here on no tracebacks of the storage library's own threads, a hundred lines where a disk is full.
 
-    def silent(failure: object) -> None:
-        pass
+    What fails there comes back from the save or the restore that asked, which tells it. Some threads outlive their save: the
+    hooks stay for good, and leave all other failures to those that were there before.
+    """
+    of_thread, of_callback = threading.excepthook, sys.unraisablehook
 
-    before = threading.excepthook, sys.unraisablehook
-    threading.excepthook, sys.unraisablehook = silent, silent
-    try:
-        yield
-    except Exception:
-        time.sleep(0.2)  # the other threads fail within milliseconds of the first
-        raise
-    finally:
-        threading.excepthook, sys.unraisablehook = before
+    def heard(failure: Any) -> bool:
+        files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(failure.exc_traceback))
+        return not any(part in STORAGE for file in files for part in file.parts)
+
+    threading.excepthook = lambda failure: of_thread(failure) if heard(failure) else None
+    sys.unraisablehook = lambda failure: of_callback(failure) if heard(failure) else None
 
 
 def reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,14 @@ from processes import (
 from tiny import tiny_config
 
 from ddpm_jax import cli, loop, shards
-from ddpm_jax.checkpoints import Checkpoints, WorkdirError, claim_workdir, content_hash, load_workdir_config
+from ddpm_jax.checkpoints import (
+    Checkpoints,
+    WorkdirError,
+    claim_workdir,
+    content_hash,
+    load_workdir_config,
+    quiet_storage_threads,
+)
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.data.sources import ArraySource
 from ddpm_jax.devices import Devices
@@ -106,6 +115,27 @@ def test_bit_flips_in_checkpoints_are_refused_or_harmless(tmp_path):
         path.write_bytes(whole)
     assert refused >= 20, refused
     assert not restored_or_named(tmp_path)
+
+
+def test_only_failures_of_the_storage_librarys_threads_are_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    quiet_storage_threads.__wrapped__()
+
+    def in_a_closed_loop():
+        loop = asyncio.new_event_loop()
+        loop.close()
+        loop.call_soon_threadsafe(print)
+
+    def elsewhere():
+        raise LookupError
+
+    for fails in (in_a_closed_loop, elsewhere):
+        thread = threading.Thread(target=fails)
+        thread.start()
+        thread.join()
+    assert told == [LookupError]
 
 
 def test_the_hash_covers_every_bit_name_type_and_shape():
