@@ -333,8 +333,8 @@ def quiet_storage_threads() -> None:
     of_thread, of_callback = threading.excepthook, sys.unraisablehook
 
     def heard(failure: Any) -> bool:
-        files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(failure.exc_traceback))
-        return not any(part in STORAGE for file in files for part in file.parts)
+        modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.exc_traceback))
+        return not any(module.partition(".")[0] in STORAGE for module in modules)
 
     threading.excepthook = lambda failure: of_thread(failure) if heard(failure) else None
     sys.unraisablehook = lambda failure: of_callback(failure) if heard(failure) else None

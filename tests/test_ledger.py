@@ -48,6 +48,19 @@ def test_values_stand_where_the_papers_have_them(title, row, column, value):
     assert line["values"][columns.index(column)] == value
 
 
+@pytest.mark.parametrize(
+    "better, worse, verdict",
+    [(4.0, 4.3, "yes"), (4.3, 4.0, "no"), (4.0, 4.28, "undecided"), (4.0, None, "yes"), (None, 4.0, "no")],
+)
+def test_a_finding_is_seen_beyond_two_standard_errors(better, worse, verdict):
+    """0.1 on both sides: the difference is known to 0.141; a bound that is not finite is the worst of all."""
+    paper = {"findings": [{"finding": "this", "better": "a", "worse": "b", "metric": "nll"}]}
+    common = {"scale": "small", "metric": "nll", "total_standard_error": 0.1}
+    records = [common | {"row": "a", "total": better}, common | {"row": "b", "total": worse}]
+    assert ledger.findings_section(paper, records).splitlines()[-1].endswith(f"| {verdict} |")
+    assert ledger.findings_section(paper, records[:1]).splitlines()[-1].endswith("| not run |")
+
+
 def test_every_row_has_a_config_and_commands_that_parse():
     named = {line["row"] for one in PAPER["tables"] for line in one["rows"] if "row" in line}
     assert named <= set(PAPER["rows"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_jax.build import denoiser, init_params
+from ddpm_jax.build import Params, denoiser, init_params
 from ddpm_jax.config import Config, load_config
 from ddpm_jax.weights.diffusers_config import layout_of, network_config
 from ddpm_jax.weights.layout import read_params
@@ -34,11 +34,10 @@ def network_of(config: Config) -> UNet2DModel:
     return network
 
 
-def in_our_names(config: Config, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """By path: a gradient is laid out as its parameter is."""
+def in_our_names(config: Config, tensors: dict[str, torch.Tensor]) -> Params:
+    """Parameters, or their gradients, which are laid out alike."""
     arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
-    tree = read_params(layout_of(network_config(config)), config, arrays, "diffusers")
-    return by_path(tree)
+    return read_params(layout_of(network_config(config)), config, arrays, "diffusers")
 
 
 def by_path(tree: Any) -> dict[str, np.ndarray]:
@@ -46,7 +45,7 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
 
 
 def test_both_sides_start_from_the_same_distribution(config):
-    ours, theirs = by_path(init_params(config)), in_our_names(config, network_of(config).state_dict())
+    ours, theirs = by_path(init_params(config)), by_path(in_our_names(config, network_of(config).state_dict()))
     assert ours.keys() == theirs.keys()
     for name, values in ours.items():
         assert np.isclose(values.std(), theirs[name].std(), rtol=0.12), name
@@ -65,14 +64,9 @@ def test_gradients_of_the_loss_are_those_of_pytorch(config):
     channels_first = [torch.from_numpy(np.moveaxis(values, -1, 1).copy()) for values in (x, eps)]
     loss = torch.nn.functional.mse_loss(network(channels_first[0], torch.from_numpy(t)).sample, channels_first[1])
     loss.backward()
-    theirs = in_our_names(config, {name: parameter.grad for name, parameter in network.named_parameters()})
-
-    params = read_params(
-        layout_of(network_config(config)),
-        config,
-        {name: parameter.detach().contiguous().numpy() for name, parameter in network.named_parameters()},
-        "diffusers",
-    )
+    named = dict(network.named_parameters())
+    params = in_our_names(config, named)
+    theirs = by_path(in_our_names(config, {name: parameter.grad for name, parameter in named.items()}))
     bind = denoiser(config)
     value, gradient = jax.jit(jax.value_and_grad(lambda params: jnp.mean((bind(params, None)(x, t) - eps) ** 2)))(params)
     assert float(value) == pytest.approx(loss.item(), rel=1e-5)
