@@ -1,14 +1,25 @@
-"""CelebA at 64x64, as in Song et al. 2021 (DDIM), Table 1, whose network is Ho et al.'s with one more level.
+"""CelebA at 64x64, as in Song et al. 2021 (DDIM), Table 1.
 
-Command:   python scripts/prepare_data.py --dataset=celeb_a --data_dir=data
+Its network is Ho et al.'s with one more level.
+
+Command:   python scripts/prepare_data.py --dataset=celeb_a --data_dir=data --source=celeba
            python scripts/train.py --config=configs/celeba64.py --workdir=runs/celeba64
 Hardware:  one or more GPUs, or a TPU v3-8 and larger
-Expect:    FID 3.26 (1000 ancestral steps, 50,000 samples), about 3.0 in a later public reimplementation after 949,000 steps
-Source:    section 5 and appendix D of the DDIM paper; configs/celeba.yml of its code. That code sums the squared error over
-           pixels, draws timesteps in antithetic pairs and has no warm-up; here the paper's recipe for CIFAR-10 is kept
+Expect:    FID 3.26 (1000 ancestral steps, 50,000 samples), about 3.0 in a later public
+           reimplementation after 949,000 steps
+Source:    section 5 and appendix D of the DDIM paper; configs/celeba.yml of its code. That code
+           sums the squared error over pixels, draws timesteps in antithetic pairs and has no
+           warm-up; here the paper's recipe for CIFAR-10 is kept
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:

@@ -2,13 +2,21 @@
 
 Command:   python scripts/prepare_data.py --dataset=cifar10 --data_dir=data
            python scripts/train.py --config=configs/cifar10.py --workdir=runs/cifar10
-Hardware:  one GPU, a TPU v3-8, or anything larger that divides the batch of 128; on a CPU --config.model.dtype=float32
-Expect:    FID 3.17 (50,000 samples against the training set), IS 9.46, NLL <= 3.75 bits/dim after 800,000 steps; the mean
-           squared error settles near 0.028
+Hardware:  one GPU, a TPU v3-8, or anything larger that divides the batch of 128; on a CPU add
+           --config.model.dtype=float32
+Expect:    FID 3.17 (50,000 samples against the training set), IS 9.46, NLL <= 3.75 bits/dim after
+           800,000 steps; the mean squared error settles near 0.028
 Source:    section 4 and appendix B of the paper; run_cifar.py of its code
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:

@@ -1,11 +1,12 @@
-"""CIFAR-10 with a network that two CPU cores can train: the paper's recipe in small, to see the whole road.
+"""CIFAR-10 with a network that two CPU cores can train: the paper's recipe in small.
 
 Command:   python scripts/prepare_data.py --dataset=cifar10 --data_dir=data
            python scripts/train.py --config=configs/cifar10_small.py --workdir=runs/cifar10_small
 Hardware:  two CPU cores, about half an hour
 Expect:    blurred scenes with the right colours; the figures measured are in the README
-Source:    configs/cifar10.py with a quarter of the width, one block a level and three levels; the EMA is short and warmed up
-           because 0.9999 would still be mostly initialisation after 3,000 steps
+Source:    configs/cifar10.py with a quarter of the width, one block a level and three levels; the
+           EMA is short and warmed up because 0.9999 would still be mostly initialisation after
+           3,000 steps
 """
 
 from ddpm_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig, UNetConfig

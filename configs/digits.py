@@ -6,13 +6,26 @@ Expect:    held_out_loss 0.085 after 900 steps; digits a person can read
 Source:    no paper; the network is the paper's in small
 """
 
-from ddpm_jax.config import Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
         data=DataConfig(name="digits", image_size=8, channels=1, flip=False),
-        model=UNetConfig(base_channels=32, channel_mult=(1, 2), attention_resolutions=(4,), group_norm_groups=8, dropout=0.0),
+        model=UNetConfig(
+            base_channels=32,
+            channel_mult=(1, 2),
+            attention_resolutions=(4,),
+            group_norm_groups=8,
+            dropout=0.0,
+        ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
         train=TrainConfig(
             steps=900,

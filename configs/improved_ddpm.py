@@ -1,4 +1,6 @@
-"""CIFAR-10 as in Nichol & Dhariwal 2021, Improved DDPM: schedules, objectives and the learned range of variances.
+"""CIFAR-10 as in Nichol & Dhariwal 2021, Improved DDPM.
+
+The rows differ in schedule, objective and variance:
 
     1k_linear_simple    T = 1000, linear, L_simple     NLL 3.73 bits/dim, FID 3.29
     4k_linear_simple    T = 4000, linear, L_simple     NLL 3.37, FID 2.90
@@ -7,16 +9,32 @@
     4k_cosine_hybrid    T = 4000, cosine, L_hybrid     NLL 3.17, FID 3.19
     4k_cosine_vlb       T = 4000, cosine, L_vlb        NLL 2.94, FID 11.47
 
-Command:   python scripts/train.py --config=configs/improved_ddpm.py:4k_cosine_hybrid --workdir=runs/4k_cosine_hybrid
+Command:   python scripts/train.py --config=configs/improved_ddpm.py:4k_cosine_vlb --workdir=runs/4k
 Hardware:  as configs/cifar10.py, with a network half as large again
 Expect:    the figures above after 500,000 steps, 50,000 samples against the training set
-Source:    Table 2 of that paper and its code: no warm-up, no gradient clipping, no mirroring; timesteps reach the network as
-           1000 t / T, the ends of the linear schedule are scaled by 1000 / T; L_vlb draws timesteps by importance
+Source:    Table 2 of that paper and its code: no warm-up, no gradient clipping, no mirroring;
+           timesteps reach the network as 1000 t / T, the ends of the linear schedule are scaled by
+           1000 / T; L_vlb draws timesteps by importance
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, LossConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
-VARIANTS = ("1k_linear_simple", "4k_linear_simple", "4k_linear_hybrid", "4k_cosine_simple", "4k_cosine_hybrid", "4k_cosine_vlb")
+VARIANTS = (
+    "1k_linear_simple",
+    "4k_linear_simple",
+    "4k_linear_hybrid",
+    "4k_cosine_simple",
+    "4k_cosine_hybrid",
+    "4k_cosine_vlb",
+)
 
 
 def get_config(variant: str) -> Config:

@@ -2,17 +2,33 @@
 
 Command:   python scripts/prepare_data.py --dataset=lsun/bedroom --data_dir=data
            python scripts/train.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom
-Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured 2.2 steps/s on a TPU v3-8
-Expect:    FID 6.36 (50,000 samples) after 2,400,000 steps; no flips, the one set that the paper trains without
+Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
+           2.2 steps/s on a TPU v3-8
+Expect:    FID 6.36 (50,000 samples) after 2,400,000 steps; no flips, the one set that the paper
+           trains without
 Source:    section 4 and appendix B of the paper; run_lsun.py of its code
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="lsun/bedroom", image_size=256, channels=3, flip=False, crop="center", in_memory=False),
+        data=DataConfig(
+            name="lsun/bedroom",
+            image_size=256,
+            channels=3,
+            flip=False,
+            crop="center",
+            in_memory=False,
+        ),
         model=UNetConfig(
             base_channels=128,
             channel_mult=(1, 1, 2, 2, 4, 4),

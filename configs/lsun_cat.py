@@ -2,18 +2,28 @@
 
 Command:   python scripts/prepare_data.py --dataset=lsun/cat --data_dir=data
            python scripts/train.py --config=configs/lsun_cat.py --workdir=runs/lsun_cat
-Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured 2.2 steps/s on a TPU v3-8
+Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
+           2.2 steps/s on a TPU v3-8
 Expect:    FID 19.75 (50,000 samples) after 1,800,000 steps
 Source:    section 4 and appendix B of the paper; run_lsun.py of its code, whose comment turns
            flips off for this set; the paper does so for Bedroom only
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="lsun/cat", image_size=256, channels=3, flip=True, crop="center", in_memory=False),
+        data=DataConfig(
+            name="lsun/cat", image_size=256, channels=3, flip=True, crop="center", in_memory=False
+        ),
         model=UNetConfig(
             base_channels=128,
             channel_mult=(1, 1, 2, 2, 4, 4),

@@ -2,18 +2,33 @@
 
 Command:   python scripts/prepare_data.py --dataset=lsun/church_outdoor --data_dir=data
            python scripts/train.py --config=configs/lsun_church.py --workdir=runs/lsun_church
-Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured 2.2 steps/s on a TPU v3-8
+Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
+           2.2 steps/s on a TPU v3-8
 Expect:    FID 7.89 (50,000 samples) after 1,200,000 steps
 Source:    section 4 and appendix B of the paper; run_lsun.py of its code. The released
            checkpoint is of step 4,432,000 all the same
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, OptimizerConfig, TrainConfig, UNetConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="lsun/church_outdoor", image_size=256, channels=3, flip=True, crop="center", in_memory=False),
+        data=DataConfig(
+            name="lsun/church_outdoor",
+            image_size=256,
+            channels=3,
+            flip=True,
+            crop="center",
+            in_memory=False,
+        ),
         model=UNetConfig(
             base_channels=128,
             channel_mult=(1, 1, 2, 2, 4, 4),

@@ -4,13 +4,15 @@
     mu_l_fixed      L, mu prediction, fixed isotropic variance       IS 8.06, FID 13.22
     mu_unweighted   |mu~ - mu|^2, unweighted                         unstable
     eps_l_learned   L, eps prediction, learned diagonal variance     unstable
-    eps_l_fixed     L, eps prediction, fixed isotropic variance      IS 7.67, FID 13.51, NLL <= 3.70 bits/dim
-    eps_simple      L_simple, the paper's choice: configs/cifar10.py IS 9.46, FID 3.17, NLL <= 3.75 bits/dim
+    eps_l_fixed     L, eps prediction, fixed isotropic variance      IS 7.67, FID 13.51, NLL <= 3.70
+    eps_simple      L_simple, the paper's choice: configs/cifar10.py IS 9.46, FID 3.17, NLL <= 3.75
 
 Command:   python scripts/train.py --config=configs/table2.py:eps_l_fixed --workdir=runs/eps_l_fixed
 Hardware:  as configs/cifar10.py, from which a row differs in nothing but its objective
-Expect:    the figures above, of 50,000 samples against the training set; two rows that diverge
-Source:    Table 2 of the paper; its code trains a learned variance by L alone, and calls the variances beta_t "fixedlarge"
+Expect:    the figures above (NLL in bits/dim), of 50,000 samples against the training set; two
+           rows that diverge
+Source:    Table 2 of the paper; its code trains a learned variance by L alone, and calls the
+           variances beta_t "fixedlarge"
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, LossConfig, UNetConfig

@@ -1,7 +1,8 @@
-"""From a config to the things it describes: the diffusion process, the objective, the network as a denoiser."""
+"""Build what a config describes: the process, the objective, the network as a denoiser."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import Config, ConfigError
-from ddpm_jax.diffusion import Denoiser, GaussianDiffusion
-from ddpm_jax.losses import Objective
-from ddpm_jax.randomness import Stream, stream_key
-from ddpm_jax.schedule import NoiseSchedule, beta_schedule
-from ddpm_jax.unet import UNet
+from ddpm_jax.config import Config
+from ddpm_jax.diffusion.losses import Objective
+from ddpm_jax.diffusion.process import Denoiser, GaussianDiffusion
+from ddpm_jax.diffusion.randomness import Stream, stream_key
+from ddpm_jax.diffusion.schedule import NoiseSchedule, beta_schedule
+from ddpm_jax.errors import ConfigError
+from ddpm_jax.network.adapt import Dropout, Network, Params, adapt, check_network
+from ddpm_jax.network.flops import count_flops
+from ddpm_jax.network.unet import UNet, cast_params
 
-Params = Any
+Bind = Callable[[Params, jax.Array | None], Denoiser]
 
 
 def build_process(config: Config) -> GaussianDiffusion:
-    """The process of `config.diffusion`; ConfigError where its betas leave (0, 1]."""
+    """Build the process of `config.diffusion`.
+
+    Raises:
+      ConfigError: its betas leave (0, 1].
+    """
     options = config.diffusion
     try:
         betas = beta_schedule(
@@ -31,50 +39,130 @@ def build_process(config: Config) -> GaussianDiffusion:
             beta_end=options.beta_end,
             rescale=options.rescale_betas,
         )
-        return GaussianDiffusion(NoiseSchedule.from_betas(betas), options.prediction, options.variance)
+        schedule = NoiseSchedule.from_betas(betas)
+        return GaussianDiffusion(schedule, options.prediction, options.variance)
     except ValueError as error:
         raise ConfigError(f"config.diffusion: {error}") from error
 
 
+def signal_note(config: Config) -> str | None:
+    """Return one line for a chain that ends long before it is noise; None for all others.
+
+    Sampling starts from noise alone, which such a network has never seen.
+    """
+    left = float(build_process(config).schedule.alphas_cumprod[-1])
+    if left < 0.01:
+        return None
+    return (
+        f"note: a chain of {config.diffusion.timesteps} steps with these betas leaves "
+        f"{100 * left:.0f} % of the signal at its end, and samples start from noise alone: "
+        "config.diffusion.rescale_betas=true, or a larger beta_end"
+    )
+
+
 def build_objective(config: Config) -> Objective:
-    loss = config.loss
-    return Objective(loss.kind, loss.weighting, loss.vlb_weight, loss.min_snr_gamma, loss.p2_gamma, loss.p2_k)
+    """Build the training objective of `config.loss`."""
+    names = [field.name for field in dataclasses.fields(Objective)]
+    return Objective(**{name: getattr(config.loss, name) for name in names})
 
 
 def build_model(config: Config) -> UNet:
+    """Build the network of `config.model`."""
     return UNet(config.model, config.output_channels)
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
-    return config.data.image_size, config.data.image_size, config.data.channels
+    """Return the shape of one image, (h, w, c)."""
+    return *config.data.sides, config.data.channels
 
 
-def init_params(config: Config) -> Params:
-    """The network's parameters at the start of a run, float32, a function of the seed alone."""
-    # Hundreds of small draws, each run once: on a CPU, optimising them takes four times as long as drawing them.
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if on_cpu else {}
-    # The seed is an argument, or the compiler would draw all the numbers itself, one by one.
-    return jax.jit(functools.partial(_init, config), compiler_options=options)(np.uint32(config.seed))
+def build_network(config: Config, own: Any = None) -> Network:
+    """Build the network that a run trains: the UNet of `config.model`, or one's own.
 
+    Args:
+      own: what `adapt` takes; None for the UNet.
 
-def abstract_params(config: Config) -> Params:
-    """The tree of `init_params` as shapes and types, with nothing computed."""
-    return jax.eval_shape(functools.partial(_init, config), np.uint32(config.seed))
-
-
-def _init(config: Config, seed: jax.Array) -> Params:
-    x = jnp.zeros((1, *image_shape(config)), jnp.float32)
-    t = jnp.zeros(1, jnp.int32)
-    labels = jnp.zeros(1, jnp.int32) if config.model.num_classes else None
-    return build_model(config).init(stream_key(seed, Stream.PARAMETERS), x, t, labels)["params"]
-
-
-def denoiser(config: Config) -> Callable[[Params, jax.Array | None], Denoiser]:
-    """`denoiser(config)(params, labels)` is the network without dropout, as the maths layer wants it."""
+    Raises:
+      ConfigError: see `adapt` and `check_network`.
+    """
+    shape, classes = image_shape(config), config.model.num_classes
+    if own is not None:
+        network = adapt(own, shape, classes)
+        check_network(network, shape, config.output_channels, classes)
+        return network
     model = build_model(config)
 
+    def init(key: jax.Array) -> Params:
+        x = jnp.zeros((1, *shape), jnp.float32)
+        t = jnp.zeros(1, jnp.int32)
+        labels = jnp.zeros(1, jnp.int32) if classes else None
+        return model.init(key, x, t, labels)["params"]
+
+    def apply(
+        params: Params,
+        x_t: jax.Array,
+        t: jax.Array,
+        labels: jax.Array | None,
+        dropout: Dropout | None,
+    ) -> jax.Array:
+        if dropout is None:
+            return model.apply({"params": params}, x_t, t, labels)
+        return model.apply(
+            {"params": params},
+            x_t,
+            t,
+            labels,
+            train=True,
+            examples=dropout.examples,
+            rngs={"dropout": dropout.key},
+        )
+
+    return Network(init, apply, lambda params: cast_params(params, config.model))
+
+
+def init_params(config: Config, network: Network | None = None) -> Params:
+    """Draw the network's parameters at the start of a run, float32, from the seed alone."""
+    # Hundreds of small draws, each run once: on a CPU, optimising them takes four times as long as
+    # drawing them.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = quick if jax.default_backend() == "cpu" else {}
+    # The seed is an argument, or the compiler would draw all the numbers itself, one by one.
+    draw = jax.jit(functools.partial(_init, config, network), compiler_options=options)
+    return draw(np.uint32(config.seed))
+
+
+def abstract_params(config: Config, network: Network | None = None) -> Params:
+    """Return the tree of `init_params` as shapes and types, with nothing computed."""
+    return jax.eval_shape(functools.partial(_init, config, network), np.uint32(config.seed))
+
+
+def _init(config: Config, network: Network | None, seed: jax.Array) -> Params:
+    network = build_network(config) if network is None else network
+    return network.init(stream_key(seed, Stream.PARAMETERS))
+
+
+def denoiser(config: Config, network: Network | None = None) -> Bind:
+    """Bind the network to parameters and labels, without dropout, as the maths layer wants it."""
+    network = build_network(config) if network is None else network
+
     def bind(params: Params, labels: jax.Array | None = None) -> Denoiser:
-        return lambda x_t, t: model.apply({"params": params}, x_t, t, labels)
+        ready = network.prepare(params)
+        return lambda x_t, t: network.apply(ready, x_t, t, labels, None)
 
     return bind
+
+
+def forward_flops(config: Config) -> int:
+    """Count the operations of one image going through the network once.
+
+    A training step, by convention, is three times as much an image.
+    """
+    model = build_model(config)
+    x = jax.ShapeDtypeStruct((1, *image_shape(config)), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    labels = one if config.model.num_classes else None
+
+    def apply(params: Params, *inputs: Any) -> jax.Array:
+        return model.apply({"params": params}, *inputs)
+
+    return count_flops(apply, abstract_params(config), x, one, labels)

@@ -1,39 +1,44 @@
-"""Pictures out of arrays: the 8-bit grid of values, tiles, and the files they end in.
+"""Make pictures of arrays: 8-bit levels, tiles, and the files they end in.
 
-Everywhere in this project an image in memory is [h, w, c] with c = 1 (grey) or 3 (RGB); the network sees floats in
-[-1, 1], files hold uint8 in 0..255, and `to_uint8` and `from_uint8` are the one way between the two. Files appear
-whole or not at all.
+Everywhere in this project an image in memory is [h, w, c] with c = 1 (grey), 3 (RGB) or 4 (RGBA).
+The network sees floats in [-1, 1], files hold uint8 in 0..255, and `to_uint8` and `from_uint8` are
+the one way between the two. Files appear whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import open_file, replacing
+
+LEAST_MILLISECONDS = 20  # of a frame: viewers slow shorter ones down to 100
+MOST_DRAWN = 2**30  # pixels of a picture that is made
+MOST_PIXELS = 2**26  # of a PNG file that is read: a few kilobytes can unfold to gigabytes
 
 
 class ImageError(UserError):
     """An array that is no picture, or a picture file that cannot be read or written as asked."""
 
 
-# ---------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:
-    """round(127.5 (x + 1)) clipped to 0..255, any shape: the nearest of the 256 levels of a value in [-1, 1].
+    """Return the nearest of the 256 levels of each value in [-1, 1], any shape.
 
-    Rounded, because truncation darkens every picture by half a level; clipped, because a cast alone wraps around.
+        round(127.5 (x + 1)) clipped to 0..255
+
+    Rounded, because truncation darkens every picture by half a level; clipped, because a cast alone
+    wraps around.
 
     Raises:
       ImageError: `x` holds NaN, which no level stands for, or is already an integer array.
@@ -48,7 +53,7 @@ def to_uint8(x: ArrayLike) -> np.ndarray:
 
 
 def from_uint8(levels: ArrayLike) -> np.ndarray:
-    """levels / 127.5 - 1 as float32 in [-1, 1]: how section 3.3 of the paper scales its data.
+    """Return levels / 127.5 - 1 as float32 in [-1, 1], as section 3.3 of the paper scales its data.
 
     Raises:
       ImageError: `levels` is not uint8.
@@ -59,11 +64,17 @@ def from_uint8(levels: ArrayLike) -> np.ndarray:
     return levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-# ---------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 
-def grid(images: ArrayLike, columns: int | None = None, gap: int = 2, scale: int = 1, background: int = 255) -> np.ndarray:
-    """One picture of n images, row by row, the rest of the last row left as background.
+def grid(
+    images: ArrayLike,
+    columns: int | None = None,
+    gap: int = 2,
+    scale: int = 1,
+    background: int = 255,
+) -> np.ndarray:
+    """Tile n images into one picture, row by row; the rest of the last row stays background.
 
     Args:
       images: uint8 [n, h, w, c].
@@ -84,6 +95,7 @@ def grid(images: ArrayLike, columns: int | None = None, gap: int = 2, scale: int
     if not 0 <= background <= 255:
         raise ImageError(f"grid: background={background} must be in 0..255")
     rows, h, w = math.ceil(n / columns), h * scale, w * scale
+    check_picture(rows * (h + gap) * columns * (w + gap))
     canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), background, np.uint8)
     for i, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
         y, x = i // columns * (h + gap), i % columns * (w + gap)
@@ -91,18 +103,27 @@ def grid(images: ArrayLike, columns: int | None = None, gap: int = 2, scale: int
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------- files
+def check_picture(pixels: int) -> None:
+    """Raise ImageError for a picture of more than MOST_DRAWN pixels: memory would not hold it."""
+    if pixels > MOST_DRAWN:
+        raise ImageError(
+            f"a picture of {pixels:,} pixels is more than the {MOST_DRAWN:,} that are drawn: "
+            "a smaller scale or fewer images"
+        )
+
+
+# -------------------------------------------------------------------------------------------- files
 
 
 def encode_png(image: ArrayLike) -> bytes:
-    """The PNG file of a uint8 image [h, w, c]."""
+    """Return the PNG file of a uint8 image [h, w, c]."""
     buffer = io.BytesIO()
     _pil(image, "encode_png").save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def save_png(path: str | Path, image: ArrayLike) -> None:
-    """Writes a uint8 image [h, w, c].
+    """Write a uint8 image [h, w, c].
 
     Raises:
       ImageError: another dtype or shape, or a path that does not end in .png.
@@ -114,34 +135,47 @@ def save_png(path: str | Path, image: ArrayLike) -> None:
 
 
 def load_png(path: str | Path) -> np.ndarray:
-    """The uint8 image [h, w, c] of a grey or RGB PNG file.
+    """Read the uint8 image [h, w, c] of a grey, RGB or RGBA PNG file.
 
     Raises:
-      ImageError: no such file, no PNG, a damaged one, or one of another kind (palette, transparency, 16 bits).
+      ImageError: no such file, no PNG, a damaged one, or one of another kind (palette, grey with
+        transparency, 16 bits).
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.mode not in ("L", "RGB"):
-                raise ImageError(f"{path}: a PNG of mode {image.mode}; convert it to 8-bit grey or RGB")
+        with open_file(path) as file, Image.open(file, formats=["PNG"]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ImageError(f"{path}: {image.width}x{image.height} pixels are too many")
+            if image.mode not in ("L", "RGB", "RGBA"):
+                raise ImageError(
+                    f"{path}: a PNG of mode {image.mode}; convert it to 8-bit grey, RGB or RGBA"
+                )
             pixels = np.array(image)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, SyntaxError, OSError) as error:  # PIL's names for what is damaged
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
         raise ImageError(f"{path}: not a readable PNG file ({error})") from error
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def save_animation(path: str | Path, frames: ArrayLike, milliseconds: int = 100) -> None:
-    """Writes uint8 frames [n, h, w, c], `milliseconds` each, as an endless .gif (256 colours) or .webp (lossless).
+    """Write uint8 frames [n, h, w, c] as an endless .gif (256 colours) or .webp (lossless).
+
+    Args:
+      milliseconds: how long each frame stays.
 
     Raises:
-      ImageError: another dtype or shape, another suffix, or a duration below 20 ms, which viewers slow down to 100.
+      ImageError: another dtype or shape, another suffix, or a duration below 20 ms, which viewers
+        slow down to 100.
       OSError: the file cannot be written.
     """
     suffix = _suffix(path, ".gif", ".webp")
     frames = _checked(frames, "save_animation", "n h w c")
-    if milliseconds < 20:
-        raise ImageError(f"save_animation: milliseconds={milliseconds} must be at least 20")
+    if milliseconds < LEAST_MILLISECONDS:
+        raise ImageError(
+            f"save_animation: milliseconds={milliseconds} must be at least {LEAST_MILLISECONDS}"
+        )
     first, *rest = (_pil(frame, "save_animation") for frame in frames)
     options = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0}
     if suffix == ".webp":
@@ -151,7 +185,9 @@ def save_animation(path: str | Path, frames: ArrayLike, milliseconds: int = 100)
 
 
 def save_npz(path: str | Path, images: ArrayLike, labels: ArrayLike | None = None) -> None:
-    """Writes samples as public evaluators read them: `arr_0` uint8 [n, h, w, c] and, with labels, `arr_1` [n].
+    """Write samples as public evaluators read them.
+
+    `arr_0` is uint8 [n, h, w, c] and, with labels, `arr_1` is [n].
 
     Raises:
       ImageError: another dtype or shape, or a path that does not end in .npz.
@@ -170,36 +206,6 @@ def save_npz(path: str | Path, images: ArrayLike, labels: ArrayLike | None = Non
         np.savez(file, *arrays)
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once the block ends well; after an error `path` is as it was.
-
-    Raises:
-      OSError: see `naming`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):  # nothing to remove after success, or where the folder cannot be made
-                temporary.unlink()
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Makes an OSError of the block, such as a full disk, one that names the file: writing to it does not by itself."""
-    try:
-        yield
-    except OSError as error:
-        what = f"could not be written: {error.strerror or error}"
-        raise OSError(error.errno or errno.EIO, what, str(path)) from error
-
-
 def _suffix(path: str | Path, *accepted: str) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in accepted:
@@ -208,11 +214,16 @@ def _suffix(path: str | Path, *accepted: str) -> str:
 
 
 def _checked(images: ArrayLike, where: str, shape: str) -> np.ndarray:
-    """`images` as an array on the host, if it has `shape` ("h w c" or "n h w c") and is uint8."""
+    """Return `images` on the host, if it is uint8 of `shape`, "h w c" or "n h w c"."""
     images = np.asarray(images)
     dimensions = len(shape.split())
-    if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] not in (1, 3) or not images.size:
-        expected = f"uint8 [{shape.replace(' ', ', ')}] with c = 1 or 3"
+    if (
+        images.dtype != np.uint8
+        or images.ndim != dimensions
+        or images.shape[-1] not in (1, 3, 4)
+        or not images.size
+    ):
+        expected = f"uint8 [{shape.replace(' ', ', ')}] with c = 1, 3 or 4"
         raise ImageError(f"{where}: expected {expected}, got {images.dtype} {list(images.shape)}")
     return images
 
@@ -220,3 +231,8 @@ def _checked(images: ArrayLike, where: str, shape: str) -> np.ndarray:
 def _pil(image: ArrayLike, where: str) -> Image.Image:
     image = _checked(image, where, "h w c")
     return Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image)
+
+
+def scale_images(image: jax.Array) -> jax.Array:
+    """Scale uint8 levels k to k/127.5 - 1, float32 in [-1, 1], on the device."""
+    return image.astype(jnp.float32) / 127.5 - 1

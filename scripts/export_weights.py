@@ -1,39 +1,5 @@
-"""Write the weights of a run as another code base reads them; a diffusers folder opens with DDPMPipeline.from_pretrained."""
-
-from pathlib import Path
-
-from ddpm_jax import cli
-from ddpm_jax.devices import Devices
-from ddpm_jax.trained import open_trained
-from ddpm_jax.weights.exporting import DTYPES, FORMATS, export_weights
-from ddpm_jax.weights.layouts import EXPORTS
-
-
-def main(argv: list[str] | None = None) -> None:
-    flags = cli.parser(__doc__, "python scripts/export_weights.py --workdir=runs/cifar10 --layout=diffusers --output=exported")
-    cli.add_run(flags)
-    add = flags.add_argument
-    add("--layout", required=True, choices=EXPORTS, help="the code base that shall read them")
-    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--weights", default="ema", metavar="NAME", help="ema, raw, or a decay such as 0.9999 (default: ema)")
-    add("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
-    add("--format", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the numbers in the file (default: {DTYPES[0]})")
-    options = flags.parse_args(argv)
-    devices = Devices()
-    cli.find_run(options, devices)
-    trained = open_trained(options.workdir, devices, weights=options.weights, step=options.step)
-    file = export_weights(
-        options.layout,
-        trained.config,
-        trained.params,
-        trained.weights,
-        options.output,
-        form=options.format,
-        dtype=options.dtype,
-    )
-    print(f"wrote {file}: {trained.weights} of step {trained.step}")
-
+from ddpm_jax.cli import export_weights
+from ddpm_jax.cli.run import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(export_weights.main)

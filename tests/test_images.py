@@ -8,6 +8,7 @@ from PIL import Image
 
 from ddpm_jax import images
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import naming, replacing
 from ddpm_jax.images import ImageError
 
 LEVELS = np.arange(256, dtype=np.uint8)
@@ -31,7 +32,9 @@ def test_the_ends_of_the_range_are_the_ends_of_the_levels():
     x = images.from_uint8(LEVELS)
     assert x.dtype == np.float32
     assert (x[0], x[255]) == (-1.0, 1.0)
-    np.testing.assert_allclose(np.diff(x), 2 / 255, rtol=0, atol=2e-7)  # 256 levels share the range evenly
+    np.testing.assert_allclose(
+        np.diff(x), 2 / 255, rtol=0, atol=2e-7
+    )  # 256 levels share the range evenly
 
 
 def test_levels_are_the_nearest_and_not_the_next_below():
@@ -101,24 +104,32 @@ def test_grid_names_the_option_at_fault(option):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((2, 4, 4, 2), np.uint8), pictures(0)]
+    "array",
+    [
+        np.zeros((2, 4, 4, 3)),
+        np.zeros((4, 4, 3), np.uint8),
+        np.zeros((2, 4, 4, 2), np.uint8),
+        pictures(0),
+    ],
 )
 def test_grid_says_what_it_expected_and_what_it_got(array):
-    with pytest.raises(ImageError, match=r"grid: expected uint8 \[n, h, w, c\] with c = 1 or 3, got \w+ \["):
+    with pytest.raises(
+        ImageError, match=r"grid: expected uint8 \[n, h, w, c\] with c = 1, 3 or 4, got \w+ \["
+    ):
         images.grid(array)
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("c", [1, 3, 4])
 def test_png_keeps_every_pixel(tmp_path, c):
     image = pictures(1, 7, 5, c)[0]
     path = tmp_path / "deep" / "down" / "image.png"
     images.save_png(path, image)
     np.testing.assert_array_equal(images.load_png(path), image)
     with Image.open(path) as other:  # as any other program sees it
-        assert (other.mode, other.size) == ({1: "L", 3: "RGB"}[c], (5, 7))
+        assert (other.mode, other.size) == ({1: "L", 3: "RGB", 4: "RGBA"}[c], (5, 7))
     assert os.listdir(path.parent) == ["image.png"]
 
 
@@ -126,8 +137,8 @@ def test_load_png_refuses_what_is_no_plain_png(tmp_path):
     path = tmp_path / "image.png"
     with pytest.raises(ImageError, match="no such file"):
         images.load_png(path)
-    Image.new("RGBA", (2, 2)).save(path)
-    with pytest.raises(ImageError, match="mode RGBA"):
+    Image.new("LA", (2, 2)).save(path)
+    with pytest.raises(ImageError, match="mode LA"):
         images.load_png(path)
     Image.new("RGB", (2, 2)).save(path, format="JPEG")
     with pytest.raises(ImageError, match="not a readable PNG"):
@@ -146,14 +157,18 @@ def test_a_damaged_png_is_named_wherever_it_was_cut(tmp_path):
 @pytest.mark.parametrize("name, milliseconds", [("a.gif", 100), ("a.webp", 70)])
 @pytest.mark.parametrize("c", [1, 3])
 def test_animation_holds_the_frames_and_their_time(tmp_path, name, milliseconds, c):
-    frames = np.repeat(pictures(4, 1, 1, c), 8, axis=1).repeat(8, axis=2)  # one colour each: GIF palettes are exact
+    frames = np.repeat(pictures(4, 1, 1, c), 8, axis=1).repeat(
+        8, axis=2
+    )  # one colour each: GIF palettes are exact
     images.save_animation(tmp_path / name, frames, milliseconds)
     with Image.open(tmp_path / name) as animation:
         assert animation.n_frames == 4
         assert animation.info["loop"] == 0
         for i, frame in enumerate(frames):
             animation.seek(i)
-            np.testing.assert_array_equal(np.array(animation.convert("RGB")), np.broadcast_to(frame, (8, 8, 3)))
+            np.testing.assert_array_equal(
+                np.array(animation.convert("RGB")), np.broadcast_to(frame, (8, 8, 3))
+            )
             assert animation.info["duration"] == milliseconds
 
 
@@ -195,7 +210,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="no room") as caught:
-        with images.replacing(path) as file:
+        with replacing(path) as file:
             file.write(b"half of the new")
             raise OSError(28, "no room")
     assert (caught.value.errno, caught.value.filename) == (28, str(path))
@@ -208,7 +223,7 @@ def test_a_full_disk_is_an_error_that_names_the_file():
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="could not be written: No space left on device: 'metrics'"):
-        with images.naming("metrics"), open("/dev/full", "wb", buffering=0) as file:
+        with naming("metrics"), open("/dev/full", "wb", buffering=0) as file:
             file.write(b"x")
 
 

@@ -1,1 +1,1 @@
-"""How fast it is: measurements that scripts/benchmark.py makes. docs/performance.md says what they came to."""
+"""Measure speed, alone and beside PyTorch; docs/performance.md has the results."""

@@ -1,4 +1,4 @@
-"""On what, with what, and how a measurement was made: without it a number means nothing."""
+"""Describe on what, with what, and how a measurement was made: else a number means nothing."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax.devices import Devices
+from ddpm_jax.machine import cores, memory
+from ddpm_jax.parallel.devices import Devices
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "torch", "diffusers")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "JAX_PLATFORMS")
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
-    """Processor, devices, versions, and the environment variables that change programs; the load says who else was there."""
+    """Describe processor, devices, versions, and the environment variables that change programs.
+
+    The load says who else was there.
+    """
     return {
         "processor": processor(),
         "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory() / 2**30, 1),
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "devices": [device.device_kind for device in devices.devices],
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
     }
 
 
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def processor() -> str:
+    """Return the name of the processor and its architecture."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.is_file() else []
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return " ".join(filter(None, [found.get("model name"), platform.machine()]))
+    pairs = (line.partition(":") for line in lines)
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    return " ".join(filter(None, [values.get("model name"), platform.machine()]))
 
 
 def peak_memory(devices: Devices) -> int:
-    """Bytes that were in use at once: on the first device where it keeps count, else of this process."""
+    """Return the bytes that were in use at once.
+
+    They are those of the first device where it keeps count, else of this process.
+    """
     stats = devices.local[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,7 +1,8 @@
-"""The same network in PyTorch, as diffusers builds it, in a process of its own that works when it is told to.
+"""Run the same network in PyTorch, as diffusers builds it, in a process of its own.
 
-Its training step does what ours does: flips, noise, the forward and backward pass, a clip of the norm, fused Adam and one
-moving average. Its sampling step is the ancestral one. The process ends with the one that started it.
+Its training step does what ours does: flips, noise, the forward and backward pass, a clip of the
+norm, fused Adam and one moving average. Its sampling step is the ancestral one. The process works
+when it is asked to, and ends with the one that started it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.weights.diffusers_config import network_config
+from ddpm_jax.weights.layouts.diffusers_config import network_config
 
 VARIANTS = ("eager", "compiled")  # channels_last both; the second through torch.compile
 
@@ -26,7 +27,7 @@ class RivalError(UserError):
 
 
 class Diffusers:
-    """`rival.train("eager", steps)` and `rival.sample("eager", steps)` give seconds a step.
+    """diffusers' UNet2DModel in a process of its own.
 
     Args:
       config: of the network, batch sizes aside; dtype bfloat16 means autocast.
@@ -38,27 +39,41 @@ class Diffusers:
     """
 
     def __init__(self, config: Config, batch_size: int, threads: int) -> None:
-        network = {name: value for name, value in network_config(config).items() if not name.startswith("_")}
+        network = {
+            name: value
+            for name, value in network_config(config).items()
+            if not name.startswith("_")
+        }
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
-        task = network, batch_size, threads, config.model.dtype == "bfloat16", config.optimizer.gradient_clip
-        self._process = context.Process(target=_serve, args=(there, task), name="rival", daemon=True)
+        task = (
+            network,
+            batch_size,
+            threads,
+            config.model.dtype == "bfloat16",
+            config.optimizer.gradient_clip,
+        )
+        self._process = context.Process(
+            target=_serve, args=(there, task), name="rival", daemon=True
+        )
         self._process.start()
         there.close()
         self.about: dict[str, Any] = self._receive()
 
     def train(self, variant: str, steps: int) -> float:
+        """Return the seconds a training step, of so many."""
         return self._ask(("train", variant, steps))
 
     def sample(self, variant: str, steps: int) -> float:
+        """Return the seconds a sampling step, of so many."""
         return self._ask(("sample", variant, steps))
 
     def peak_bytes(self) -> int:
-        """Of the GPU's memory, or of the process on a CPU."""
+        """Return the most bytes in use at once, on the GPU or, on a CPU, by the process."""
         return self._ask(("memory", "", 0))
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._here.close()
         self._process.join(timeout=5)
         if self._process.is_alive():
@@ -72,9 +87,11 @@ class Diffusers:
         try:
             answer, error = self._here.recv()
         except EOFError as problem:
-            raise RivalError("--against=diffusers: the process with PyTorch died, perhaps for lack of memory") from problem
+            raise RivalError(
+                "against=diffusers: the process with PyTorch died, perhaps for lack of memory"
+            ) from problem
         if error:
-            raise RivalError(f"--against=diffusers: {error}")
+            raise RivalError(f"against=diffusers: {error}")
         return answer
 
 
@@ -83,7 +100,7 @@ def _serve(pipe: Connection, task: tuple[Any, ...]) -> None:
         try:
             work = _prepare(*task)
         except ImportError as error:
-            pipe.send((None, f"{error}; pip install -r requirements-torch.txt"))
+            pipe.send((None, f"{error}; pip install 'ddpm_jax[torch]'"))
             return
         pipe.send((work["about"], None))
         while True:
@@ -112,10 +129,14 @@ def _prepare(
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
     forward = {"eager": model, "compiled": torch.compile(model)}
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    kept = torch.cumprod(1 - betas, 0)
-    signal, noise_level = (x.float().to(device)[:, None, None, None] for x in (kept.sqrt(), (1 - kept).sqrt()))
-    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-    of_x0, of_x = betas * before.sqrt() / (1 - kept), (1 - betas).sqrt() * (1 - before) / (1 - kept)
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    signal, noise_level = (
+        x.float().to(device)[:, None, None, None]
+        for x in (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+    )
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    of_x0 = betas * before.sqrt() / (1 - alphas_cumprod)
+    of_x = (1 - betas).sqrt() * (1 - before) / (1 - alphas_cumprod)
     size, channels = network["sample_size"], network["in_channels"]
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, channels, size, size), np.uint8)
     images = torch.from_numpy(pixels)
@@ -132,7 +153,11 @@ def _prepare(
         model.train()
         start = finished()
         for _ in range(steps):
-            x0 = images.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 127.5 - 1
+            x0 = (
+                images.to(device, non_blocking=True, memory_format=torch.channels_last).float()
+                / 127.5
+                - 1
+            )
             x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0, x0.flip(-1))
             t, eps = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x0)
             with autocast():
@@ -149,13 +174,21 @@ def _prepare(
     @torch.no_grad()
     def sample(variant: str, steps: int) -> float:
         model.eval()
-        x = torch.randn(batch_size, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(batch_size, channels, size, size, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
         start = finished()
         for i in range(999, 999 - steps, -1):
             with autocast():
-                eps = forward[variant](x, torch.full((batch_size,), i, device=device)).sample.float()
+                eps = forward[variant](
+                    x, torch.full((batch_size,), i, device=device)
+                ).sample.float()
             x0 = ((x - noise_level[i] * eps) / signal[i]).clamp(-1, 1)
-            x = float(of_x0[i]) * x0 + float(of_x[i]) * x + float(betas[i].sqrt()) * torch.randn_like(x)
+            x = (
+                float(of_x0[i]) * x0
+                + float(of_x[i]) * x
+                + float(betas[i].sqrt()) * torch.randn_like(x)
+            )
         return (finished() - start) / steps
 
     def memory(variant: str, steps: int) -> int:

@@ -1,4 +1,4 @@
-"""How long a training takes to its first step, on a machine that has never seen it, and at the next start."""
+"""Time a training from its start to its first step, without and with compiled programs on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_jax.errors import UserError
@@ -17,45 +17,58 @@ class StartError(UserError):
     """A training that was to be timed did not start."""
 
 
-def measure_starts(command: list[str], starts: int = 2) -> list[float]:
-    """Seconds from the start of the process to its first logged step, each run fresh, the compilation cache empty at first.
+def measure_starts(
+    config: str, data_dir: Path = Path("data"), overrides: Sequence[str] = (), starts: int = 2
+) -> list[float]:
+    """Time trainings from the start of their process to their first logged step.
+
+    Each is a fresh run. They share a compilation cache, which is empty at the first start.
 
     Args:
-      command: the training's, without --workdir; it must run from the directory that this process is in.
+      config: a config file, as `load_config` takes it, seen from the current directory.
+      data_dir: the prepared data sets.
+      overrides: of the config's fields, each "section.field=value".
+      starts: how many trainings.
+
+    Returns:
+      The seconds of each.
 
     Raises:
-      StartError: it ended without a step.
+      StartError: a training ended without a step.
     """
-    return list(_starts(command, starts))
-
-
-def _starts(command: list[str], starts: int) -> Iterator[float]:
+    fields = [f"--config.{item}" for item in (*overrides, "train.log_every=1")]
+    command = [sys.executable, "-m", "ddpm_jax.cli", "train"]
+    command += [f"--config={config}", f"--data_dir={data_dir}", *fields]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache"))}
-        for number in range(starts):
-            workdir = Path(folder, f"run{number}")
-            process, start = None, time.perf_counter()
-            with Path(folder, "output").open("w+") as output:
-                try:
-                    process = subprocess.Popen(
-                        [sys.executable, *command, f"--workdir={workdir}", "--config.train.log_every=1"],
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
+        workdirs = [Path(folder, f"run{number}") for number in range(starts)]
+        return [
+            _seconds_to_first_step([*command, f"--workdir={workdir}"], workdir, environment)
+            for workdir in workdirs
+        ]
+
+
+def _seconds_to_first_step(command: list[str], workdir: Path, environment: dict[str, str]) -> float:
+    with workdir.with_suffix(".log").open("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            while not _has_logged(workdir):
+                if process.poll() is not None:
+                    output.seek(0)
+                    lines = output.read().strip().splitlines() or ["nothing was said"]
+                    raise StartError(
+                        f"a training to be timed ended with code {process.returncode}: {lines[-1]}"
                     )
-                    while not _logged(workdir):
-                        if process.poll() is not None:
-                            output.seek(0)
-                            said = output.read().strip().splitlines() or ["nothing was said"]
-                            raise StartError(f"a training to be timed ended with code {process.returncode}: {said[-1]}")
-                        time.sleep(0.02)
-                    yield time.perf_counter() - start
-                finally:
-                    if process is not None:
-                        process.kill()
-                        process.wait()
+                time.sleep(0.02)
+            return time.perf_counter() - start
+        finally:
+            process.kill()
+            process.wait()
 
 
-def _logged(workdir: Path) -> bool:
+def _has_logged(workdir: Path) -> bool:
     path = workdir / "metrics.jsonl"
     return path.is_file() and '"loss"' in path.read_text()

@@ -1,1 +1,1 @@
-"""Images in: their sources (sources, prepared), their order (batches, prefetch), their preparation (prepare)."""
+"""Read images: their sources (load, folder, prepared), their order, their preparation."""

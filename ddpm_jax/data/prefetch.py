@@ -1,4 +1,4 @@
-"""The next batches, prepared and placed on the devices by a background thread while the current one trains."""
+"""Prepare the next batches, and place them on the devices, in the background of training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Prefetcher(Iterator[tuple[int, Any]]):
-    """Iterates over (step, place(batches(step))) for step = start, start + 1, ... without end.
+    """Iterator over (step, place(batches(step))) for step = start, start + 1, ... without end.
 
-    Use it in a `with` block, or call `close`: the thread ends with it. What `batches` or `place` raises comes out of
-    `next`, at the step that it belongs to, and ends the iteration.
+    Use it in a `with` block, or call `close`: the thread ends with it. What `batches` or `place`
+    raises comes out of `next`, at the step that it belongs to, and ends the iteration.
 
     Args:
       batches: step -> batch.
@@ -23,11 +23,15 @@ class Prefetcher(Iterator[tuple[int, Any]]):
       depth: how many batches may wait, besides the one in preparation.
     """
 
-    def __init__(self, batches: Callable[[int], Any], start: int, place: Callable[[Any], Any], depth: int = 2) -> None:
+    def __init__(
+        self, batches: Callable[[int], Any], start: int, place: Callable[[Any], Any], depth: int = 2
+    ) -> None:
         self._batches, self._place = batches, place
         self._ready: queue.Queue[tuple[int, Any, Exception | None]] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(start,), name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(start,), name="prefetch", daemon=True
+        )
         self._thread.start()
 
     def __next__(self) -> tuple[int, Any]:
@@ -40,10 +44,11 @@ class Prefetcher(Iterator[tuple[int, Any]]):
         return step, batch
 
     def close(self) -> None:
-        """Ends the thread and waits for it; batches that wait are dropped."""
+        """End the thread and wait for it; batches in the queue are dropped."""
         self._closed.set()
         while self._thread.is_alive():
-            try:  # room for a put that is under way, the last one, since the thread then finds itself closed
+            # Makes room for a put that is under way. It is the last: the thread then ends.
+            try:
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
@@ -51,7 +56,12 @@ class Prefetcher(Iterator[tuple[int, Any]]):
     def __enter__(self) -> Prefetcher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _run(self, start: int) -> None:

@@ -1,23 +1,14 @@
-"""Original archives and folders of images into prepared sets, without TensorFlow.
+"""Prepare data sets from original archives and folders of images, without TensorFlow.
 
-The stock TFDS builders of CIFAR-10 and the MNIST family need TensorFlow to open files and to encode PNG, nothing else.
-A subclass that keeps the stock name, version and features but reads local files and yields PNG bytes writes the very
-set that the stock `tfds.data_source` reads, in the same order of examples. CelebA, CelebA-HQ and LSUN go through their
-stock builders, which do need TensorFlow, once. A folder of images becomes a set of its own, cropped and shrunk, with
-the recipe in its metadata.
-
-Preparing is atomic: TFDS writes into incomplete.* and renames it when all is there.
+CIFAR-10 and the MNIST family are read from their publishers' files and written as the stock TFDS
+sets that they are (`builders.py`). CelebA's files, and any folder of images, become a set of its
+own, cropped and shrunk or whole, with the recipe in its metadata. CelebA-HQ and LSUN go through
+their stock builders, which need TensorFlow, once; so does CelebA where it is to be downloaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import importlib.util
-import io
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +16,46 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddpm_jax.data import decoding, formats
-from ddpm_jax.data.download import download
-from ddpm_jax.data.errors import DataError
-from ddpm_jax.data.prepared import KNOWN, find_prepared, unfinished
-from ddpm_jax.data.sources import SPLITS, decode_file, list_images, split_folder
-from ddpm_jax.progress import Progress
+from ddpm_jax.data import builders, decoding
+from ddpm_jax.data.builders import Examples
+from ddpm_jax.data.folder import (
+    Listing,
+    announce,
+    check_training_images,
+    class_of,
+    decode_file,
+    folder_classes,
+    scan,
+    split_folder,
+)
+from ddpm_jax.data.originals import celeba, formats
+from ddpm_jax.data.originals.download import CIFAR10_FILES, FASHION_FILES, MNIST_FILES, download
+from ddpm_jax.data.prepared import KNOWN, METADATA, find_prepared
+from ddpm_jax.data.sets import (
+    check_disk,
+    check_name,
+    check_recipe,
+    counted,
+    exclusive,
+    is_prepared,
+    sides_of,
+    sweep,
+    write_parts,
+)
+from ddpm_jax.data.source import SPLITS
+from ddpm_jax.errors import DataError
+from ddpm_jax.progress import say
 
-_CIFAR10_FILES = {"https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}
-_MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-_MNIST_FILES = {
-    _MNIST + "train-images-idx3-ubyte.gz": "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    _MNIST + "train-labels-idx1-ubyte.gz": "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    _MNIST + "t10k-images-idx3-ubyte.gz": "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    _MNIST + "t10k-labels-idx1-ubyte.gz": "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
-_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_FASHION_FILES = {
-    _FASHION + "train-images-idx3-ubyte.gz": "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    _FASHION + "train-labels-idx1-ubyte.gz": "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    _FASHION + "t10k-images-idx3-ubyte.gz": "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    _FASHION + "t10k-labels-idx1-ubyte.gz": "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-}
-# set -> (reader of its original files, where they are published, MiB of disk that the prepared set takes)
+# set -> (reader of its original files, where they are published, MiB that the prepared set takes)
 _ORIGINALS = {
-    "cifar10": (formats.read_cifar10, _CIFAR10_FILES, 160),
-    "mnist": (formats.read_mnist, _MNIST_FILES, 40),
-    "fashion_mnist": (formats.read_mnist, _FASHION_FILES, 50),
+    "cifar10": (formats.read_cifar10, CIFAR10_FILES, 160),
+    "mnist": (formats.read_mnist, MNIST_FILES, 40),
+    "fashion_mnist": (formats.read_mnist, FASHION_FILES, 50),
 }
-Examples = Iterable[tuple[Any, dict[str, Any]]]  # (key, features), as TFDS wants them
 
 
 def prepare(dataset: str, data_dir: str | Path, source: str | Path | None = None) -> Path:
-    """Prepares one of the standard sets; what is there already is left alone.
+    """Prepare one of the standard sets; one that is there already is left alone.
 
     Args:
       dataset: cifar10, mnist, fashion_mnist, celeb_a, celeb_a_hq/256, lsun/bedroom, ...
@@ -68,199 +66,208 @@ def prepare(dataset: str, data_dir: str | Path, source: str | Path | None = None
       The folder of the prepared set.
 
     Raises:
-      DataError: an unknown set, damaged files, no network, no TensorFlow where it is needed, a full disk.
+      DataError: an unknown set, damaged files, no network, no TensorFlow where it is needed, a
+        full disk.
     """
     data_dir, family = Path(data_dir), dataset.split("/")[0]
     if family not in KNOWN or (family in _ORIGINALS and family != dataset):
-        raise DataError(f"--dataset={dataset}: one of {', '.join(KNOWN)}, folder (digits need no preparing)")
+        raise DataError(
+            f"dataset={dataset}: one of {', '.join(KNOWN)}, folder (digits need no preparing)"
+        )
     if family in ("celeb_a_hq", "lsun") and family == dataset:
         example = {"celeb_a_hq": "256", "lsun": "bedroom"}[family]
-        raise DataError(f"--dataset={dataset} has configurations: name one, as in {dataset}/{example}")
+        raise DataError(
+            f"dataset={dataset} has configurations: name one, as in {dataset}/{example}"
+        )
+    if dataset == "celeb_a" and source is not None:
+        return prepare_celeba(source, data_dir)
     if source is not None and not Path(source).exists():
-        raise DataError(f"--source={source}: no such file or folder")
-    with _exclusive(dataset, data_dir):
+        raise DataError(f"source={source}: no such file or folder")
+    with exclusive(dataset, data_dir):
         if is_prepared(dataset, data_dir):
             return find_prepared(dataset, data_dir)
-        _sweep(dataset, data_dir)
+        sweep(dataset, data_dir)
         if family not in _ORIGINALS:
-            _through_tfds(dataset, data_dir, source)
+            builders.write_stock(dataset, data_dir, source)
             return find_prepared(dataset, data_dir)
         read, files, mebibytes = _ORIGINALS[dataset]
-        _check_disk(data_dir, mebibytes)
+        check_disk(data_dir, mebibytes)
         if source is None:
             folder = data_dir / "downloads" / dataset
             paths = [download(url, folder, checksum) for url, checksum in files.items()]
             source = paths[0] if len(paths) == 1 else folder
         splits = read(source)
         examples = {split: _labelled(dataset, split, *arrays) for split, arrays in splits.items()}
-        builder = _local_builder(tfds.builder_cls(dataset), examples)(data_dir=data_dir, file_format="array_record")
+        builder = builders.local_builder(tfds.builder_cls(dataset), examples, data_dir)
         if dataset == "cifar10":  # the stock builder reads the names from the archive
             builder.info.features["label"].names = list(formats.CIFAR10_LABELS)
-        _write(builder)
+        builders.write(builder)
     return find_prepared(dataset, data_dir)
 
 
 def prepare_folder(
-    source: str | Path, data_dir: str | Path, name: str, image_size: int, channels: int = 3, crop: str = "none"
+    source: str | Path,
+    data_dir: str | Path,
+    name: str,
+    image_size: int | tuple[int, int],
+    channels: int = 3,
+    crop: str = "none",
+    *,
+    skip_bad: bool = False,
+    classes: bool = False,
 ) -> Path:
-    """Prepares a folder of images as the set `name`: cropped and shrunk to image_size x image_size, stored as PNG.
+    """Prepare a folder of images as the set `name`; one that is there already is left alone.
 
-    Every fiftieth image, in the order of the sorted paths, makes the test split. How the images were made is in
-    metadata.json.
+    The images are cropped and shrunk to a square of side image_size, or to (height, width), and
+    stored as PNG. Every fiftieth, in the order of the sorted paths, makes the test split. How they
+    were made is in metadata.json.
+
+    Args:
+      skip_bad: leave out images that do not decode or do not fit, and say how many.
+      classes: take the folders right below `source` for classes, whose names the set keeps.
 
     Raises:
-      DataError: no images, or one that does not decode or does not fit; a full disk; a name that is taken.
+      BadImages: naming all that do not decode or do not fit.
+      DataError: no images; classes that are none, as `folder_classes`; a full disk; a name that is
+        taken, by a standard set or by a set made in another way.
     """
     data_dir, source = Path(data_dir), Path(source)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (*KNOWN, "digits", "folder", "downloads"):
-        raise DataError(f"--name={name}: lower-case letters, digits and '_', and not the name of a standard set")
-    if image_size < 1 or channels not in (1, 3):
-        raise DataError(f"--image_size={image_size} --channels={channels}: a size of at least 1, and 1 or 3 channels")
-    with _exclusive(name, data_dir):
+    check_name(name)
+    height, width = sides = sides_of(image_size)
+    if channels not in (1, 3, 4):
+        raise DataError(f"channels={channels}: 1, 3 or 4")
+    recipe = {
+        "source": source.resolve().name,
+        "crop": crop,
+        "resize": f"{decoding.RESIZE} to {width}x{height}",
+        "channels": channels,
+    } | ({"classes": True} if classes else {})
+    with exclusive(name, data_dir):
         if is_prepared(name, data_dir):
-            return find_prepared(name, data_dir)
-        _sweep(name, data_dir)
-        paths = list_images(source)
-        _check_disk(data_dir, len(paths) * image_size**2 * channels // 2**20)
-        recipe = {
-            "source": source.resolve().name,
-            "images": len(paths),
-            "crop": crop,
-            "resize": f"{decoding.RESIZE} to {image_size}x{image_size}",
-            "channels": channels,
-        }
-        shape = (image_size, image_size, channels)
+            path = find_prepared(name, data_dir)
+            # The originals may be gone by now.
+            recipe |= _contents(scan(source)) if source.is_dir() else {}
+            check_recipe(name, path, recipe)
+            return path
+        sweep(name, data_dir)
+        listing = scan(source)
+        announce(listing.describe())
+        recipe |= _contents(listing)
+        check_disk(data_dir, len(listing.images) * height * width * channels // 2**20)
 
-        def examples(split: str) -> Examples:
-            for path in _counted(split_folder(paths, split), f"{name} {split}"):
-                key = path.relative_to(source).as_posix()
-                yield key, {"image": _png(decode_file(path, crop, image_size, channels)), "filename": key}
+        parts = {split: split_folder(listing.images, split) for split in SPLITS}
+        names = folder_classes(listing) if classes else ()
+        check_training_images(listing, names, parts["train"])
 
-        stock = _folder_builder(name, shape, recipe)
-        local = _local_builder(stock, {split: examples(split) for split in SPLITS})
-        _write(local(data_dir=data_dir, file_format="array_record"))
+        def example(path: Path) -> tuple[str, dict[str, Any]]:
+            key = path.relative_to(source).as_posix()
+            image = builders.png(decode_file(path, crop, sides, channels))
+            label = {"label": class_of(path, source)} if classes else {}
+            return key, {"image": image, "filename": key} | label
+
+        stock = builders.folder_builder(name, (*sides, channels), recipe, names)
+        write_parts(stock, data_dir, parts, example, source, skip_bad)
     return find_prepared(name, data_dir)
 
 
-def is_prepared(dataset: str, data_dir: str | Path) -> bool:
-    try:
-        find_prepared(dataset, data_dir)
-    except DataError:
-        return False
-    return True
+def prepare_celeba(
+    source: str | Path,
+    data_dir: str | Path,
+    name: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    crop: str | None = None,
+    *,
+    skip_bad: bool = False,
+) -> Path:
+    """Prepare CelebA from its files, in its official split; a set that is there is left alone.
+
+    Whole faces are stored as they are, as the set celeb_a, and a config says how they are cropped
+    and shrunk. With `image_size` they are cropped and shrunk here, and stored as PNG.
+
+    Args:
+      source: what `open_faces` takes.
+      name: of the set; see `celeba_name`.
+      crop: celeba64 where there is an image_size, by default.
+      skip_bad: leave out faces that are missing, do not decode or do not fit, and say how many.
+
+    Raises:
+      BadImages: naming all that do not decode or do not fit.
+      DataError: as `open_faces`; faces are missing; a full disk; a name that is taken.
+    """
+    data_dir, source = Path(data_dir), Path(source)
+    crop = crop or ("none" if image_size is None else "celeba64")
+    if image_size is None and crop != "none":
+        raise DataError(
+            f"crop={crop}: to which size? give image_size, or leave the crop to a config"
+        )
+    sides = None if image_size is None else sides_of(image_size)
+    name = celeba_name(name, sides)
+    if sides is not None or name != "celeb_a":
+        check_name(name)
+    recipe: dict[str, Any] = {
+        "crop": crop,
+        "resize": f"{decoding.RESIZE} to {sides[1]}x{sides[0]}" if sides else "none",
+        "channels": 3,
+    }
+    with exclusive(name, data_dir):
+        if is_prepared(name, data_dir):
+            path = find_prepared(name, data_dir)
+            if source.exists():  # the originals may be gone by now
+                with celeba.open_faces(source) as faces:
+                    recipe |= faces.contents()
+            if (path / METADATA).is_file():  # TFDS's own set celeb_a has none
+                check_recipe(name, path, recipe)
+            return path
+        if not source.exists():
+            raise DataError(f"source={source}: no such file or folder")
+        sweep(name, data_dir)
+        with celeba.open_faces(source) as faces:
+            if not skip_bad:
+                faces.check_whole()
+            say(faces.describe())
+            recipe |= faces.contents()
+            size = 8192 if sides is None else 3 * sides[0] * sides[1]  # a face's JPEG has 7,000
+            check_disk(data_dir, len(faces) * size // 2**20)
+            height, width = sides or faces.shape()
+
+            def example(key: str) -> tuple[str, dict[str, Any]]:
+                blob = faces.read(key)
+                image = faces.decode(key, blob)
+                if sides is not None:
+                    blob = builders.png(decoding.fit(image, crop, sides, f"{source}: {key}"))
+                elif image.size != (width, height):
+                    raise DataError(
+                        f"{source}: {key} is {image.width}x{image.height}, not {width}x{height} "
+                        "as the first: give image_size"
+                    )
+                return key, {"image": blob, "filename": key}
+
+            encoding = "jpeg" if sides is None else "png"
+            stock = builders.folder_builder(name, (height, width, 3), recipe, encoding=encoding)
+            write_parts(stock, data_dir, faces.names, example, source, skip_bad)
+    return find_prepared(name, data_dir)
+
+
+def celeba_name(name: str | None, image_size: int | tuple[int, int] | None) -> str:
+    """Return the name of a set of CelebA: `name`, or celeb_a whole, celeba64 at 64x64 pixels."""
+    if image_size is None:
+        return name or "celeb_a"
+    return name or f"celeba{'x'.join(map(str, dict.fromkeys(np.ravel(image_size).tolist())))}"
+
+
+def _contents(listing: Listing) -> dict[str, Any]:
+    """Return what tells folders of one name apart: number, names and sizes of the images."""
+    digest = hashlib.sha256()
+    for key, path in zip(listing.names(), listing.images):
+        digest.update(f"{key} {path.stat().st_size}\n".encode())
+    return {"images": len(listing.images), "files": digest.hexdigest()[:16]}
 
 
 def _labelled(dataset: str, split: str, images: np.ndarray, labels: np.ndarray) -> Examples:
-    """Keys and features as the stock builders give them, whence the same order of examples."""
-    for index, image in enumerate(_counted(images, f"{dataset} {split}")):
-        features = {"image": _png(Image.fromarray(image.squeeze())), "label": int(labels[index])}
+    """Yield keys and features as the stock builders do, whence the same order of examples."""
+    for index, image in enumerate(counted(images, f"{dataset} {split}")):
+        png = builders.png(Image.fromarray(image.squeeze()))
+        features = {"image": png, "label": int(labels[index])}
         if dataset == "cifar10":
             features["id"] = f"{split}_{index:05d}"
         yield index, features
-
-
-def _counted(images: Sequence[Any], title: str) -> Iterator[Any]:
-    with Progress(len(images), unit="image") as progress:
-        for image in images:
-            yield image
-            progress.update(of=title)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # twice as fast as the default, and 2 % larger
-    return buffer.getvalue()
-
-
-def _local_builder(stock: type, examples: dict[str, Examples]) -> type:
-    """The stock builder, taking its examples from here."""
-
-    class LocalBuilder(stock, skip_registration=True):
-        name = stock.name
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
-            return examples
-
-    return LocalBuilder
-
-
-def _folder_builder(set_name: str, shape: tuple[int, int, int], recipe: dict[str, Any]) -> type:
-    class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = set_name
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="; ".join(f"{key}: {value}" for key, value in recipe.items()),
-                features=tfds.features.FeaturesDict(
-                    {"image": tfds.features.Image(shape=shape, encoding_format="png"), "filename": tfds.features.Text()}
-                ),
-                metadata=tfds.core.MetadataDict(recipe),
-            )
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
-            raise NotImplementedError("LocalBuilder gives the examples")
-
-        def _generate_examples(self) -> Examples:
-            raise NotImplementedError("LocalBuilder gives the examples")
-
-    return FolderBuilder
-
-
-def _write(builder: Any, manual_dir: Path | None = None) -> None:
-    config = tfds.download.DownloadConfig(
-        manual_dir=manual_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
-    )
-    tfds.disable_progress_bar()  # ours counts images
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size, whatever it does
-            builder.download_and_prepare(download_config=config)
-    except RuntimeError as error:  # array_record's word for whatever the file system refuses
-        raise DataError(f"{builder.name} cannot be written, nothing of it is kept: {error}") from error
-
-
-def _through_tfds(dataset: str, data_dir: Path, source: str | Path | None) -> None:
-    needed = ["tensorflow", "tensorflow_io"] if dataset.startswith("lsun") else ["tensorflow"]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise DataError(
-            f"preparing {dataset} takes {' and '.join(missing)}, once: pip install -r requirements-tensorflow.txt"
-            f"{' tensorflow-io' if 'tensorflow_io' in missing else ''}, or prepare its images with --dataset=folder"
-        )
-    manual_dir = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
-    try:
-        builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-        if builder.name == "celeb_a_hq":  # TFDS does not download it, and says so with a TypeError
-            archive = builder.builder_config.file_name
-            if manual_dir is None or not (manual_dir / archive).is_file():
-                raise DataError(f"{dataset} cannot be downloaded: --source must be the folder with {archive}")
-        _write(builder, manual_dir)
-    except DataError:
-        raise
-    except (AssertionError, ValueError, ImportError, tfds.download.DownloadError) as error:
-        raise DataError(f"TFDS cannot prepare {dataset}: {error}") from error
-
-
-def _check_disk(data_dir: Path, mebibytes: int) -> None:
-    free = shutil.disk_usage(data_dir).free >> 20
-    if free < mebibytes:
-        raise DataError(f"{data_dir}/ has {free} MiB free, the set takes about {mebibytes}: make room or move --data_dir")
-
-
-def _sweep(dataset: str, data_dir: Path) -> None:
-    """Removes what an interrupted preparation left; nobody else is writing, since the caller holds the lock."""
-    for path in unfinished(dataset, data_dir):
-        shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _exclusive(dataset: str, data_dir: Path) -> Iterator[None]:
-    """One preparation of a set at a time; the lock dies with the process that holds it."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / f".{dataset.replace('/', '.')}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is preparing {dataset} in {data_dir}/: wait for it to end") from error
-        yield

@@ -1,1 +1,1 @@
-"""What a trained network is worth: one file for each kind of number, and the record they all leave behind."""
+"""Measure a trained network: likelihood, FID and its like, and whether it only remembers."""

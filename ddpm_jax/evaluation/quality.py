@@ -1,165 +1,175 @@
-"""How good samples are: every number that Inception features give, each with its honest name.
+"""Measure how good samples are by every number that Inception features give.
 
-A number of other than the 2048 features bears their count: FID-768 is not an FID, and is nowhere called one.
+A number of other than the 2048 features bears their count: FID-768 is not an FID, and is nowhere
+called one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from ddpm_jax.errors import EvaluationError
 from ddpm_jax.evaluation import references
-from ddpm_jax.evaluation.errors import EvaluationError
-from ddpm_jax.evaluation.features import Extractor
-from ddpm_jax.evaluation.frechet import LEAST, Gaussian, frechet_distance, frechet_infinity
 from ddpm_jax.evaluation.image_sets import ImageSet
-from ddpm_jax.evaluation.inception_score import inception_score
-from ddpm_jax.evaluation.inception_weights import InceptionWeights
-from ddpm_jax.evaluation.kid import kernel_inception_distance
-from ddpm_jax.evaluation.moments import Moments
-from ddpm_jax.evaluation.prdc import precision_recall_density_coverage
-from ddpm_jax.evaluation.references import KEPT, Reference
+from ddpm_jax.evaluation.inception.features import Extractor
+from ddpm_jax.evaluation.inception.weights import InceptionWeights
+from ddpm_jax.evaluation.metrics.frechet import LEAST, Gaussian, frechet_distance, frechet_infinity
+from ddpm_jax.evaluation.metrics.inception_score import SPLITS, inception_score
+from ddpm_jax.evaluation.metrics.kid import GROUPS, kernel_inception_distance
+from ddpm_jax.evaluation.metrics.moments import Moments
+from ddpm_jax.evaluation.metrics.prdc import DENSITY_K, precision_recall_density_coverage
+from ddpm_jax.evaluation.quality_report import Number
+from ddpm_jax.evaluation.references import MOST_FEATURES, Reference
+from ddpm_jax.parallel import hosts
 
 METRICS = ("fid", "kid", "is", "sfid", "prdc")
 FEATURES = ("64", "192", "768", "2048")
-CUSTOM = 50_000  # images of a published FID
 
 
-@dataclass(frozen=True)
-class Number:
-    """A metric by its full name, its value, and what else is known about it."""
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of a set of images: {tap: float32 [n, width]}, and the moments of spatial ones."""
 
-    metric: str
-    value: float
-    extra: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, np.ndarray]
+    spatial: Moments
 
 
-def titled(metric: str, tap: str) -> str:
-    """ "FID" of the 2048 features, "FID-768" of others."""
+def full_name(metric: str, tap: str) -> str:
+    """Return "FID" for the 2048 features, "FID-768" for others."""
     return metric if tap == "2048" else f"{metric}-{tap}"
 
 
 def taps_of(metrics: Sequence[str], tap: str) -> tuple[str, ...]:
-    """What has to be tapped for `metrics`."""
-    needed = [tap] if {"fid", "kid", "prdc"} & set(metrics) else []
-    needed += [special for metric, special in (("sfid", "spatial"), ("is", "logits")) if metric in metrics]
-    return tuple(needed)
+    """List what has to be tapped for `metrics`."""
+    taps = [tap] if {"fid", "kid", "prdc"} & set(metrics) else []
+    taps += [
+        special for metric, special in (("sfid", "spatial"), ("is", "logits")) if metric in metrics
+    ]
+    return tuple(taps)
 
 
 def check_weights(weights: InceptionWeights, metrics: Sequence[str], tap: str) -> None:
-    """EvaluationError, which says what to fetch, unless `weights` suffice for all of `metrics`: before anything is drawn."""
-    names = {"fid": titled("FID", tap), "kid": titled("KID", tap), "prdc": "prdc", "sfid": "sFID", "is": "Inception Score"}
+    """Raise EvaluationError, which says what to fetch, unless `weights` suffice for all `metrics`.
+
+    It is for the time before anything is drawn.
+    """
+    names = {
+        "fid": full_name("FID", tap),
+        "kid": full_name("KID", tap),
+        "prdc": "prdc",
+        "sfid": "sFID",
+        "is": "Inception Score",
+    }
     for metric in metrics:
         for needed in taps_of([metric], tap):
             weights.require(needed, names[metric])
 
 
+def check_count(count: int, metrics: Sequence[str]) -> None:
+    """Raise EvaluationError if `count` samples, or real images, are too few for `metrics`.
+
+    It is for the time before anything is drawn.
+    """
+    for metric, name, least in (
+        ("fid", "FID", 2),
+        ("sfid", "sFID", 2),
+        ("kid", "KID", 2 * GROUPS),
+        ("is", "Inception Score", 2 * SPLITS),
+        ("prdc", "precision and recall", DENSITY_K + 1),
+    ):
+        if metric in metrics and count < least:
+            raise EvaluationError(f"{name}: {count} images; at least {least} are needed")
+
+
+def check_reference(reference: Reference, images: ImageSet, metrics: Sequence[str]) -> None:
+    """Raise EvaluationError unless `metrics` of `images` can be measured against `reference`."""
+    references.check_size(reference, images)
+    if "sfid" in metrics and reference.spatial is None:
+        raise EvaluationError(
+            "sFID: the reference has no mu_s and sigma_s; build one with build_reference"
+        )
+    for metric, name in (("kid", "KID"), ("prdc", "prdc")):
+        if metric in metrics and reference.features is None:
+            raise EvaluationError(
+                f"{name}: the reference has moments only, no features; "
+                "build one with build_reference"
+            )
+
+
 def measure(
-    extractor: Extractor, images: ImageSet, reference: Reference | None, metrics: Sequence[str], tap: str
+    extractor: Extractor,
+    images: ImageSet,
+    reference: Reference | None,
+    metrics: Sequence[str],
+    tap: str,
 ) -> list[Number]:
-    """`metrics` of `images`, in one pass through the network; on the first host, which holds the reference, the others get none.
+    """Measure `metrics` of `images`, in one pass through the network on all hosts.
 
     Args:
-      reference: not needed for "is" alone.
+      reference: not needed for "is" alone; the first host's counts, the others need none.
+
+    Returns:
+      The numbers on the first host, none on the others.
 
     Raises:
       EvaluationError: too few images, weights or a reference that lack something.
     """
     images.check_count("samples")
-    if reference is not None:
-        references.check_size(reference, images)
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in taps_of(metrics, tap) if name != "spatial"}
-    spatial: Moments | None = None
-    for block in extractor.blocks(images, taps_of(metrics, tap), "samples"):
-        for name, rows in block.features.items():
-            if name == "spatial":  # as wide as all the rest, and only its moments are wanted
-                spatial = Moments.of(rows) if spatial is None else spatial + Moments.of(rows)
-            else:
-                collected[name].append(rows)
+    is_main = extractor.devices.is_main
+    with hosts.together():
+        if is_main and reference is not None:
+            check_reference(reference, images, metrics)
+    features = extract(extractor, images, metrics, tap)
+    with hosts.together():
+        return score(features, reference, metrics, tap) if is_main else []
+
+
+def extract(extractor: Extractor, images: ImageSet, metrics: Sequence[str], tap: str) -> Features:
+    """Compute the features that `metrics` need, on every host."""
+    taps = taps_of(metrics, tap)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in taps if name != "spatial"}
+    spatial = Moments()  # as wide as all the rest, and only its moments are needed
+    for block in extractor.blocks(images, taps, "samples"):
+        if "spatial" in taps:
+            spatial += Moments.of(block.features["spatial"])
+        for name, blocks in rows.items():
+            blocks.append(block.features[name])
+    return Features({name: np.concatenate(blocks) for name, blocks in rows.items()}, spatial)
+
+
+def score(
+    features: Features, reference: Reference | None, metrics: Sequence[str], tap: str
+) -> list[Number]:
+    """Compute `metrics` from features; EvaluationError for too few of them."""
     numbers: list[Number] = []
-    if not extractor.devices.is_main:
-        return numbers
-    features = {name: np.concatenate(blocks) for name, blocks in collected.items()}
     if "fid" in metrics:
-        distance = frechet_distance(Gaussian.of(_moments(features[tap])), reference.gaussian)
-        extra = {}
-        if images.count >= LEAST:
-            limit = frechet_infinity(features[tap], reference.gaussian)
+        rows = features.rows[tap]
+        moments = Moments.over(np.split(rows, range(1000, len(rows), 1000)))
+        distance, extra = frechet_distance(Gaussian.of(moments), reference.gaussian), {}
+        if len(rows) >= LEAST:
+            limit = frechet_infinity(rows, reference.gaussian)
             extra = {"infinity": limit.distance, "infinity_standard_error": limit.standard_error}
-        numbers.append(Number(titled("FID", tap), distance, extra))
+        numbers.append(Number(full_name("FID", tap), distance, extra))
     if "sfid" in metrics:
-        if reference.spatial is None:
-            raise EvaluationError("sFID: the reference has no mu_s and sigma_s; build one with --build_reference")
-        numbers.append(Number("sFID", frechet_distance(Gaussian.of(spatial), reference.spatial)))
+        distance = frechet_distance(Gaussian.of(features.spatial), reference.spatial)
+        numbers.append(Number("sFID", distance))
     if "kid" in metrics:
-        kid = kernel_inception_distance(_some(features[tap]), _kept(reference, "KID"))
-        numbers.append(Number(titled("KID", tap), kid.mean, {"standard_error": kid.standard_error}))
+        kid = kernel_inception_distance(_subset(features.rows[tap]), reference.features)
+        extra = {"standard_error": kid.standard_error}
+        numbers.append(Number(full_name("KID", tap), kid.mean, extra))
     if "is" in metrics:
-        score = inception_score(features["logits"])
-        numbers.append(Number("IS", score.mean, {"deviation": score.deviation}))
+        inception = inception_score(features.rows["logits"])
+        numbers.append(Number("IS", inception.mean, {"deviation": inception.deviation}))
     if "prdc" in metrics:
-        found = precision_recall_density_coverage(_some(features[tap]), _kept(reference, "prdc"))
-        numbers += [Number(titled(name, tap), value) for name, value in vars(found).items()]
+        prdc = precision_recall_density_coverage(_subset(features.rows[tap]), reference.features)
+        numbers += [Number(full_name(name, tap), value) for name, value in vars(prdc).items()]
     return numbers
 
 
-def over_seeds(runs: Sequence[Sequence[Number]]) -> list[Number]:
-    """Mean of each number over several draws of samples, with their deviation and the values themselves."""
-    if len(runs) == 1:
-        return list(runs[0])
-    merged = []
-    for numbers in zip(*runs, strict=True):
-        values = [number.value for number in numbers]
-        extra = {name: float(np.mean([number.extra[name] for number in numbers])) for name in numbers[0].extra}
-        extra |= {"seed_deviation": float(np.std(values, ddof=1)), "seed_values": values}
-        merged.append(Number(numbers[0].metric, float(np.mean(values)), extra))
-    return merged
-
-
-def format_numbers(numbers: Sequence[Number], count: int) -> str:
-    """A table, and below it what to be wary of."""
-    lines = []
-    for number in numbers:
-        extra, line = number.extra, f"{number.metric:16}{number.value:12.5g}"
-        for name, title in (
-            ("standard_error", "standard error"),
-            ("deviation", "over 10 splits"),
-            ("seed_deviation", "over seeds"),
-        ):
-            if name in extra:
-                line += f"  +- {extra[name]:.3g} ({title})"
-        lines.append(line)
-        if "infinity" in extra:
-            error = extra["infinity_standard_error"]
-            lines.append(f"{'  at infinite N':16}{extra['infinity']:12.5g}  +- {error:.3g} (standard error of the fit)")
-    biased = [number.metric for number in numbers if "FID" in number.metric]
-    if biased and count < CUSTOM:
-        lines.append(
-            f"warning: {', '.join(biased)} of {count:,} images, not {CUSTOM:,}: fewer images, larger numbers; "
-            "compare at equal counts only, or at infinite N"
-        )
-    return "\n".join(lines)
-
-
-def _moments(features: np.ndarray) -> Moments:
-    blocks = (Moments.of(features[start : start + 1000]) for start in range(0, len(features), 1000))
-    total = next(blocks)
-    for block in blocks:
-        total = total + block
-    return total
-
-
-def _some(features: np.ndarray) -> np.ndarray:
-    """At most KEPT rows, at equal distances: all pairs are compared."""
-    count = min(len(features), KEPT)
+def _subset(features: np.ndarray) -> np.ndarray:
+    """Take at most MOST_FEATURES rows, at equal distances: all pairs are compared."""
+    count = min(len(features), MOST_FEATURES)
     return features[np.arange(count) * len(features) // count]
-
-
-def _kept(reference: Reference, what: str) -> np.ndarray:
-    if reference.features is None:
-        raise EvaluationError(
-            f"{what}: the reference has moments only, no features; build one with evaluate.py --build_reference"
-        )
-    return reference.features

@@ -1,1 +1,1 @@
-"""Weights of other code bases, in and out: one file a layout, each declared once and used in both directions."""
+"""Read and write the weights of other code bases: each layout is declared once, for both ways."""

@@ -1,4 +1,4 @@
-"""The order of a UNet's modules, without their widths: what every layout's names are derived from."""
+"""List a UNet's modules in their order, without widths: every layout derives its names from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_jax.config import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """How many levels and blocks there are, and where attention is."""
+    """Numbers of levels and blocks of a UNet, and the places of attention."""
 
     levels: int
     blocks: int  # a level, on the way down; the way up has one more
@@ -21,19 +21,25 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config) -> Plan:
+        """Read the plan off a config."""
         model, levels = config.model, len(config.model.channel_mult)
-        sizes = [config.data.image_size // 2**level for level in range(levels)]
+        sizes = [config.data.sides[0] // 2**level for level in range(levels)]
         return cls(
             levels,
             model.blocks_per_level,
-            frozenset(level for level, size in enumerate(sizes) if size in model.attention_resolutions),
+            frozenset(
+                level for level, size in enumerate(sizes) if size in model.attention_resolutions
+            ),
             model.attention_in_mid,
             model.resampling,
         )
 
 
 class Place(NamedTuple):
-    """One module. `name` is ours; `index` counts the blocks of a level, and in the middle 0, 1 the two blocks."""
+    """One module; `name` is ours.
+
+    `index` counts the blocks of a level. In the middle 0 and 1 are the two blocks.
+    """
 
     name: str
     side: str  # down, mid, up
@@ -43,7 +49,10 @@ class Place(NamedTuple):
 
 
 def places(plan: Plan) -> Iterator[Place]:
-    """All modules between conv_in and norm_out in the order of execution; a "resample" of pooling has no weights."""
+    """List all modules between conv_in and norm_out in the order of execution.
+
+    A "resample" of pooling has no weights.
+    """
     for level in range(plan.levels):
         for index in range(plan.blocks):
             yield Place(f"down_{level}_block_{index}", "down", "block", level, index)

@@ -16,12 +16,12 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from ddpm_jax.evaluation.frechet import Gaussian, frechet_distance
-from ddpm_jax.evaluation.inception import WIDTHS, Inception
-from ddpm_jax.evaluation.inception_weights import load_inception
-from ddpm_jax.evaluation.moments import Moments
-from ddpm_jax.evaluation.resize import to_inception
-from ddpm_jax.weights.pickled_tensors import read_tensors
+from ddpm_jax.evaluation.inception.network import WIDTHS, Inception
+from ddpm_jax.evaluation.inception.resize import to_inception
+from ddpm_jax.evaluation.inception.weights import load_inception
+from ddpm_jax.evaluation.metrics.frechet import Gaussian, frechet_distance
+from ddpm_jax.evaluation.metrics.moments import Moments
+from ddpm_jax.weights.pickled import read_tensors
 
 pytestmark = pytest.mark.interop
 torch.set_num_threads(2)
@@ -39,14 +39,21 @@ class State(dict):
             self[name] = low + (high - low) * torch.rand(shape, generator=self.random)
         return self[name]
 
-    def conv(self, name: str, x: torch.Tensor, width: int, size=1, stride: int = 1, same: bool = True) -> torch.Tensor:
+    def conv(
+        self, name: str, x: torch.Tensor, width: int, size=1, stride: int = 1, same: bool = True
+    ) -> torch.Tensor:
         """BasicConv2d: convolution without bias, batch norm (epsilon 0.001) by its running moments, ReLU."""
         kernel = (size, size) if isinstance(size, int) else size
         bound = (6 / (x.shape[1] * kernel[0] * kernel[1])) ** 0.5
         weight = self.draw(f"{name}.conv.weight", (width, x.shape[1], *kernel), -bound, bound)
         padding = (kernel[0] // 2, kernel[1] // 2) if same else 0
         x = F.conv2d(x, weight, None, stride, padding)
-        ends = {"running_mean": (-0.2, 0.2), "running_var": (0.6, 1.4), "weight": (0.8, 1.2), "bias": (-0.2, 0.2)}
+        ends = {
+            "running_mean": (-0.2, 0.2),
+            "running_var": (0.6, 1.4),
+            "weight": (0.8, 1.2),
+            "bias": (-0.2, 0.2),
+        }
         moments = [self.draw(f"{name}.bn.{part}", (width,), *two) for part, two in ends.items()]
         self.setdefault(f"{name}.bn.num_batches_tracked", torch.tensor(7))
         return F.relu(F.batch_norm(x, *moments, training=False, eps=0.001))
@@ -60,13 +67,23 @@ def block_a(v: State, m: str, x: torch.Tensor, pooled: int) -> torch.Tensor:
     fives = v.conv(f"{m}.branch5x5_2", v.conv(f"{m}.branch5x5_1", x, 48), 64, 5)
     threes = v.conv(f"{m}.branch3x3dbl_2", v.conv(f"{m}.branch3x3dbl_1", x, 64), 96, 3)
     threes = v.conv(f"{m}.branch3x3dbl_3", threes, 96, 3)
-    return torch.cat([v.conv(f"{m}.branch1x1", x, 64), fives, threes, v.conv(f"{m}.branch_pool", mean_pool(x), pooled)], 1)
+    return torch.cat(
+        [
+            v.conv(f"{m}.branch1x1", x, 64),
+            fives,
+            threes,
+            v.conv(f"{m}.branch_pool", mean_pool(x), pooled),
+        ],
+        1,
+    )
 
 
 def block_b(v: State, m: str, x: torch.Tensor) -> torch.Tensor:
     threes = v.conv(f"{m}.branch3x3dbl_2", v.conv(f"{m}.branch3x3dbl_1", x, 64), 96, 3)
     threes = v.conv(f"{m}.branch3x3dbl_3", threes, 96, 3, 2, same=False)
-    return torch.cat([v.conv(f"{m}.branch3x3", x, 384, 3, 2, same=False), threes, F.max_pool2d(x, 3, 2)], 1)
+    return torch.cat(
+        [v.conv(f"{m}.branch3x3", x, 384, 3, 2, same=False), threes, F.max_pool2d(x, 3, 2)], 1
+    )
 
 
 def block_c(v: State, m: str, x: torch.Tensor, inner: int) -> list[torch.Tensor]:
@@ -86,16 +103,31 @@ def block_c(v: State, m: str, x: torch.Tensor, inner: int) -> list[torch.Tensor]
 def block_d(v: State, m: str, x: torch.Tensor) -> torch.Tensor:
     threes = v.conv(f"{m}.branch3x3_2", v.conv(f"{m}.branch3x3_1", x, 192), 320, 3, 2, same=False)
     sevens = v.conv(f"{m}.branch7x7x3_2", v.conv(f"{m}.branch7x7x3_1", x, 192), 192, (1, 7))
-    sevens = v.conv(f"{m}.branch7x7x3_4", v.conv(f"{m}.branch7x7x3_3", sevens, 192, (7, 1)), 192, 3, 2, same=False)
+    sevens = v.conv(
+        f"{m}.branch7x7x3_4",
+        v.conv(f"{m}.branch7x7x3_3", sevens, 192, (7, 1)),
+        192,
+        3,
+        2,
+        same=False,
+    )
     return torch.cat([threes, sevens, F.max_pool2d(x, 3, 2)], 1)
 
 
 def block_e(v: State, m: str, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     one = v.conv(f"{m}.branch3x3_1", x, 384)
     two = v.conv(f"{m}.branch3x3dbl_2", v.conv(f"{m}.branch3x3dbl_1", x, 448), 384, 3)
-    forks = [v.conv(f"{m}.branch3x3_2{side}", one, 384, kernel) for side, kernel in (("a", (1, 3)), ("b", (3, 1)))]
-    forks += [v.conv(f"{m}.branch3x3dbl_3{side}", two, 384, kernel) for side, kernel in (("a", (1, 3)), ("b", (3, 1)))]
-    return torch.cat([v.conv(f"{m}.branch1x1", x, 320), *forks, v.conv(f"{m}.branch_pool", pooled, 192)], 1)
+    forks = [
+        v.conv(f"{m}.branch3x3_2{side}", one, 384, kernel)
+        for side, kernel in (("a", (1, 3)), ("b", (3, 1)))
+    ]
+    forks += [
+        v.conv(f"{m}.branch3x3dbl_3{side}", two, 384, kernel)
+        for side, kernel in (("a", (1, 3)), ("b", (3, 1)))
+    ]
+    return torch.cat(
+        [v.conv(f"{m}.branch1x1", x, 320), *forks, v.conv(f"{m}.branch_pool", pooled, 192)], 1
+    )
 
 
 def network(v: State, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -111,14 +143,22 @@ def network(v: State, x: torch.Tensor) -> dict[str, torch.Tensor]:
     for block, inner in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
         branches = block_c(v, f"Mixed_{block}", x, inner)
         if block == "6d":
-            spatial = branches[0][:, :7].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order: channels last
+            spatial = (
+                branches[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+            )  # TensorFlow's order: channels last
         x = torch.cat(branches, 1)
     third = x
     x = block_d(v, "Mixed_7a", x)
     x = block_e(v, "Mixed_7b", x, mean_pool(x))
     x = block_e(v, "Mixed_7c", x, F.max_pool2d(x, 3, 1, 1))
-    means = {str(maps.shape[1]): F.adaptive_avg_pool2d(maps, 1).flatten(1) for maps in (first, second, third, x)}
-    weight, bias = v.draw("fc.weight", (1008, 2048), -0.05, 0.05), v.draw("fc.bias", (1008,), -0.5, 0.5)
+    means = {
+        str(maps.shape[1]): F.adaptive_avg_pool2d(maps, 1).flatten(1)
+        for maps in (first, second, third, x)
+    }
+    weight, bias = (
+        v.draw("fc.weight", (1008, 2048), -0.05, 0.05),
+        v.draw("fc.bias", (1008,), -0.5, 0.5),
+    )
     return means | {"spatial": spatial, "logits": F.linear(means["2048"], weight, bias)}
 
 
@@ -126,7 +166,9 @@ def seen_by_pytorch(images: np.ndarray, resize: str) -> torch.Tensor:
     """pytorch-fid's input; or TensorFlow 1's, with the four neighbours of each position gathered one by one."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).double()
     if resize == "half_pixel":
-        return (2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1).float()
+        return (
+            2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+        ).float()
     size = images.shape[1]
     position = torch.arange(299).double() * (size / 299)
     low = position.floor().long()
@@ -165,7 +207,9 @@ def test_every_feature_is_pytorchs(state: State, path: Path, resize: str) -> Non
     found = jax.jit(Inception(tuple(WIDTHS)).apply)({"params": weights.params}, ours)
     for tap, features in expected.items():
         assert found[tap].shape == features.shape == (3, WIDTHS[tap])
-        assert features.std(axis=0).max() > 0.01 * np.abs(features).max(), f"{tap} does not tell images apart"
+        assert features.std(axis=0).max() > 0.01 * np.abs(features).max(), (
+            f"{tap} does not tell images apart"
+        )
         scale = np.abs(features).max()
         worst = np.abs(np.asarray(found[tap]) - features).max() / scale
         print(f"{resize} {tap}: largest difference {worst:.1e} of the largest feature")
@@ -176,7 +220,11 @@ def test_speed_beside_pytorch(state: State, path: Path, capsys: pytest.CaptureFi
     """All 2048 features, in turns, so that whatever else the machine does falls on both."""
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     params = load_inception(path, path.parent).params
-    ours = jax.jit(lambda x: Inception(("2048",)).apply({"params": params}, to_inception(x, "tf"))["2048"].mean())
+    ours = jax.jit(
+        lambda x: (
+            Inception(("2048",)).apply({"params": params}, to_inception(x, "tf"))["2048"].mean()
+        )
+    )
 
     def theirs(x: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
@@ -190,11 +238,18 @@ def test_speed_beside_pytorch(state: State, path: Path, capsys: pytest.CaptureFi
             if turn:  # the first one compiles
                 rates[name].append(len(images) / (time.monotonic() - started))
     with capsys.disabled():
-        print("\nfeatures/s: " + ", ".join(f"{name} {max(values):.1f} ({min(values):.1f})" for name, values in rates.items()))
+        print(
+            "\nfeatures/s: "
+            + ", ".join(
+                f"{name} {max(values):.1f} ({min(values):.1f})" for name, values in rates.items()
+            )
+        )
     assert max(rates["jax"]) > 0.3 * max(rates["torch"])
 
 
-def test_files_of_both_formats_are_read_as_pytorch_reads_them(path: Path, state: State, tmp_path: Path) -> None:
+def test_files_of_both_formats_are_read_as_pytorch_reads_them(
+    path: Path, state: State, tmp_path: Path
+) -> None:
     """Parameters, buffers, integers, halves, views with strides and offsets, nested dicts."""
     base = torch.arange(24.0).reshape(4, 6)
     contents = {
@@ -218,7 +273,10 @@ def test_files_of_both_formats_are_read_as_pytorch_reads_them(path: Path, state:
             assert array.dtype == tensor.detach().numpy().dtype
         assert found["list"][1:] == [3, "text"]
     torch.save(dict(state), tmp_path / "new.pth")
-    assert load_inception(tmp_path / "new.pth", tmp_path).sha256 == load_inception(path, tmp_path).sha256
+    assert (
+        load_inception(tmp_path / "new.pth", tmp_path).sha256
+        == load_inception(path, tmp_path).sha256
+    )
 
 
 def test_distance_is_pytorch_fids() -> None:
@@ -226,8 +284,14 @@ def test_distance_is_pytorch_fids() -> None:
     for count in (400, 60):
         rng = np.random.default_rng(count)
         mixing = rng.normal(size=(96, 96)) / 10
-        x, y = (np.maximum(rng.normal(size=(count, 96)) @ mixing + shift, 0).astype(np.float32) for shift in (0.2, 0.4))
-        (m1, s1), (m2, s2) = ((z.astype(np.float64).mean(0), np.cov(z.astype(np.float64), rowvar=False)) for z in (x, y))
+        x, y = (
+            np.maximum(rng.normal(size=(count, 96)) @ mixing + shift, 0).astype(np.float32)
+            for shift in (0.2, 0.4)
+        )
+        (m1, s1), (m2, s2) = (
+            (z.astype(np.float64).mean(0), np.cov(z.astype(np.float64), rowvar=False))
+            for z in (x, y)
+        )
         root = scipy.linalg.sqrtm(s1 @ s2)
         if not np.isfinite(root).all():  # singular product
             offset = np.eye(96) * 1e-6

@@ -1,6 +1,7 @@
-"""Forward parity: a checkpoint as the other code base writes it, imported, computes what its own network computes.
+"""Compare forward passes: an imported checkpoint computes what the network that wrote it computes.
 
-The references are UNet2DModel of the diffusers package and, for the other layouts, the functions of torch_networks.py.
+The references are UNet2DModel of the diffusers package and, for the other layouts, the functions of
+torch_networks.py.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torch_networks as networks
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch_networks import Spec, Variables
 
 from ddpm_jax.build import Params, denoiser
+from ddpm_jax.cli import import_weights as import_script
 from ddpm_jax.config import Config
-from ddpm_jax.devices import Devices
+from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.trained import open_trained
 from ddpm_jax.weights.importing import import_weights
-from scripts import import_weights as import_script
+from tests.interop import torch_networks as networks
+from tests.interop.torch_networks import Spec, Variables
 
 pytestmark = pytest.mark.interop
 TOLERANCE = 1e-4
 torch.set_num_threads(2)
 
-# Equal widths everywhere, attention at both levels: every wrong order of blocks still fits by shape. 64 channels in 32 groups:
-# were a group a single channel, its norm would take the time embedding away again, and no error in it would show.
+# Equal widths everywhere, attention at both levels: any wrong order of blocks still fits by shape.
+# 64 channels in 32 groups: were a group a single channel, its norm would take the time embedding
+# away again, and no error in it would show.
 SMALL = Spec()
 MIXED = Spec(mult=(1, 2), attention=(1,), blocks=1)
 PAPER = Spec(ch=128, mult=(1, 2, 2, 2), attention=(1,))
@@ -69,9 +71,14 @@ def noise(spec: Spec, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def functional(
-    layout: str, network: Callable, spec: Spec, folder: Path, wrap: Callable[[Any, Any], Any], **options: Any
+    layout: str,
+    network: Callable,
+    spec: Spec,
+    folder: Path,
+    wrap: Callable[[Any, Any], Any],
+    **options: Any,
 ) -> Checkpoint:
-    """A checkpoint of `network` with raw weights of one seed and averaged ones of another; the reference is the latter's."""
+    """A checkpoint of `network` with raw and averaged weights; the reference is the latter's."""
     raw, ema = Variables(1), Variables(2)
     x, t = noise(spec)
     with torch.no_grad():
@@ -95,7 +102,9 @@ def ho_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
         arrays = {name: value.numpy() for name, value in raw.items()}
         arrays |= {f"{name}/Adam": value for name, value in list(arrays.items())[:3]}
         arrays |= {f"{name}/ExponentialMovingAverage": value.numpy() for name, value in ema.items()}
-        np.savez(folder / "model.npz", global_step=np.int64(7), beta1_power=np.float32(0.1), **arrays)
+        np.savez(
+            folder / "model.npz", global_step=np.int64(7), beta1_power=np.float32(0.1), **arrays
+        )
         return folder / "model.npz"
 
     return save
@@ -103,7 +112,9 @@ def ho_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
 
 def ermongroup_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
     parallel = {f"module.{name}": value for name, value in raw.items()}
-    return saved("ckpt.pth", [parallel, {"state": {}, "param_groups": [{"lr": 2e-4}]}, 3, 1000, dict(ema)])
+    return saved(
+        "ckpt.pth", [parallel, {"state": {}, "param_groups": [{"lr": 2e-4}]}, 3, 1000, dict(ema)]
+    )
 
 
 def w86763777_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
@@ -119,13 +130,21 @@ def w86763777_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
 def tqch_file(raw: Variables, ema: Variables) -> Callable[[Path], Path]:
     average = {"decay": 0.9999, "shadow": dict(ema), "num_updates": 12}
     scores = {"epoch": 2, "loss": 0.03, "fid": np.float64(3.2)}
-    return saved("cifar10_2.pt", {"model": dict(raw), "optimizer": {"state": {}}, "ema": average, **scores})
+    return saved(
+        "cifar10_2.pt", {"model": dict(raw), "optimizer": {"state": {}}, "ema": average, **scores}
+    )
 
 
-def diffusers_folder(spec: Spec, folder: Path, *, updown: bool = False, old: bool = False, **options: Any) -> Checkpoint:
-    """A UNet2DModel with random weights, saved by DDPMPipeline; or, `old`, as google/ddpm-* lie on the hub."""
+def diffusers_folder(
+    spec: Spec, folder: Path, *, updown: bool = False, old: bool = False, **options: Any
+) -> Checkpoint:
+    """A UNet2DModel with random weights, saved by DDPMPipeline; or, `old`, as google/ddpm-* are."""
     levels = range(len(spec.mult))
-    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if updown else ("DownBlock2D", "UpBlock2D")
+    down, up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if updown
+        else ("DownBlock2D", "UpBlock2D")
+    )
     settings = dict(
         sample_size=image_size(spec),
         block_out_channels=[spec.ch * mult for mult in spec.mult],
@@ -180,7 +199,10 @@ def build(name: str, spec: Spec, folder: Path) -> Checkpoint:
     if name == "w86763777":
         return functional("w86763777", networks.w86763777, spec, folder, w86763777_file)
     if name == "kimrass":
-        wrapped = lambda raw, ema: saved("celeba.pth", {f"model.{key}": value for key, value in ema.items()})  # noqa: E731
+
+        def wrapped(raw, ema):
+            return saved("celeba.pth", {f"model.{key}": value for key, value in ema.items()})
+
         return functional("kimrass", networks.w86763777, spec, folder, wrapped)
     if name == "tqch":
         return functional("tqch", networks.tqch, spec, folder, tqch_file)
@@ -197,13 +219,19 @@ def build(name: str, spec: Spec, folder: Path) -> Checkpoint:
 
 def load(checkpoint: Checkpoint, tmp_path: Path) -> tuple[Config, Params]:
     """Through the script, the run directory and its checkpoint: what sample.py would get."""
-    flags = [f"--layout={checkpoint.layout}", f"--input={checkpoint.path}", f"--workdir={tmp_path / 'run'}"]
+    flags = [
+        f"--layout={checkpoint.layout}",
+        f"--input={checkpoint.path}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     import_script.main([*flags, *checkpoint.overrides])
     trained = open_trained(tmp_path / "run", Devices(jax.devices()[:1]))
     return trained.config, trained.params
 
 
-def difference(checkpoint: Checkpoint, config: Config, params: Params, spec: Spec, batch: int = 2) -> float:
+def difference(
+    checkpoint: Checkpoint, config: Config, params: Params, spec: Spec, batch: int = 2
+) -> float:
     """Largest error relative to the largest output."""
     x, t = noise(spec, batch)
     with torch.no_grad():
@@ -264,8 +292,19 @@ def test_classes_of_openai(tmp_path):
     "options",
     [
         dict(old=True),
-        dict(flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1, attention_head_dim=8),
-        dict(updown=True, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=32, attention_head_dim=16),
+        dict(
+            flip_sin_to_cos=True,
+            freq_shift=0,
+            norm_eps=1e-5,
+            downsample_padding=1,
+            attention_head_dim=8,
+        ),
+        dict(
+            updown=True,
+            resnet_time_scale_shift="scale_shift",
+            attn_norm_num_groups=32,
+            attention_head_dim=16,
+        ),
         dict(add_attention=False, norm_num_groups=16, out_channels=6),
     ],
     ids=["as on the hub", "class defaults", "residual resampling", "no attention in the middle"],
@@ -273,16 +312,19 @@ def test_classes_of_openai(tmp_path):
 def test_the_switches_of_diffusers(options, tmp_path):
     checkpoint = diffusers_folder(MIXED, tmp_path, **options)
     if options.get("out_channels"):
-        checkpoint.overrides += ["--config.diffusion.variance=learned_range", "--config.loss.kind=hybrid"]
+        checkpoint.overrides += [
+            "--config.diffusion.variance=learned_range",
+            "--config.loss.kind=hybrid",
+        ]
     config, params = load(checkpoint, tmp_path)
     assert difference(checkpoint, config, params, MIXED) < TOLERANCE
 
 
-# ---------------------------------------------------------------------------------------------- the test can fail
+# ------------------------------------------------------------ the test can fail
 
 
 def other_skip_order(params: Params) -> Params:
-    """As if the up blocks saw [skip, h]: with equal widths that is a swap of the halves of what reads the pair."""
+    """As if the up blocks had [skip, h]: at equal widths, halves of what reads the pair swap."""
 
     def swap(block: Params) -> Params:
         halves = lambda x, axis: np.roll(np.asarray(x), x.shape[axis] // 2, axis)  # noqa: E731
@@ -292,7 +334,10 @@ def other_skip_order(params: Params) -> Params:
         block["shortcut"] = {**block["shortcut"], "kernel": halves(block["shortcut"]["kernel"], 0)}
         return block
 
-    return {name: swap(x) if name.startswith("up_") and "_block_" in name else x for name, x in params.items()}
+    return {
+        name: swap(x) if name.startswith("up_") and "_block_" in name else x
+        for name, x in params.items()
+    }
 
 
 def other_level_order(params: Params) -> Params:
@@ -301,23 +346,34 @@ def other_level_order(params: Params) -> Params:
     def other(name: str) -> str:
         return {"up_0": "up_1", "up_1": "up_0"}[name[:4]] + name[4:]
 
-    return {name: params[other(name)] if name.startswith("up_") and "upsample" not in name else x for name, x in params.items()}
+    return {
+        name: params[other(name)] if name.startswith("up_") and "upsample" not in name else x
+        for name, x in params.items()
+    }
 
 
 def flips(config: Config) -> dict[str, dict[str, Any]]:
     model = config.model
     found = {
-        "padding": {"down_padding": "symmetric" if model.down_padding == "asymmetric" else "asymmetric"},
+        "padding": {
+            "down_padding": "symmetric" if model.down_padding == "asymmetric" else "asymmetric"
+        },
         "epsilon": {"group_norm_epsilon": 1e-5 if model.group_norm_epsilon == 1e-6 else 1e-6},
-        "embedding order": {"embedding_order": "cos_sin" if model.embedding_order == "sin_cos" else "sin_cos"},
+        "embedding order": {
+            "embedding_order": "cos_sin" if model.embedding_order == "sin_cos" else "sin_cos"
+        },
         "embedding denominator": {
-            "embedding_denominator": "half" if model.embedding_denominator == "half_minus_one" else "half_minus_one"
+            "embedding_denominator": "half"
+            if model.embedding_denominator == "half_minus_one"
+            else "half_minus_one"
         },
         "head count": {"heads": 2 * model.heads},
         "time scale": {"timestep_scale": 2 * model.timestep_scale},
     }
     if model.qkv_layout != "separate":
-        found["order of q, k, v"] = {"qkv_layout": "fused" if model.qkv_layout == "fused_by_head" else "fused_by_head"}
+        found["order of q, k, v"] = {
+            "qkv_layout": "fused" if model.qkv_layout == "fused_by_head" else "fused_by_head"
+        }
     return found
 
 
@@ -337,7 +393,7 @@ def test_any_switch_flipped_is_noticed(layout, tmp_path):
     assert min(errors.values()) > 10 * TOLERANCE, errors
 
 
-# ---------------------------------------------------------------------------------------------- full size
+# ------------------------------------------------------------ full size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -42,7 +42,9 @@ class Variables(dict):
 
     def __call__(self, name: str, *shape: int, fan_in: int = 0, mean: float = 0.0) -> torch.Tensor:
         if name not in self:
-            scale = (fan_in**-0.5 if fan_in else 0.2) * (0.003 if any(stem in name for stem in STEMS) else 1)
+            scale = (fan_in**-0.5 if fan_in else 0.2) * (
+                0.003 if any(stem in name for stem in STEMS) else 1
+            )
             self[name] = mean + scale * torch.randn(shape, generator=self.random)
         assert self[name].shape == shape, (name, shape)
         return self[name]
@@ -57,19 +59,27 @@ def swish(x: torch.Tensor) -> torch.Tensor:
 
 def conv(v, name, x, out, size=3, stride=1, padding=None):
     weight = v(f"{name}.weight", out, x.shape[1], size, size, fan_in=x.shape[1] * size**2)
-    return F.conv2d(x, weight, v(f"{name}.bias", out), stride, size // 2 if padding is None else padding)
+    return F.conv2d(
+        x, weight, v(f"{name}.bias", out), stride, size // 2 if padding is None else padding
+    )
 
 
 def linear(v, name, x, out):
-    return F.linear(x, v(f"{name}.weight", out, x.shape[-1], fan_in=x.shape[-1]), v(f"{name}.bias", out))
+    return F.linear(
+        x, v(f"{name}.weight", out, x.shape[-1], fan_in=x.shape[-1]), v(f"{name}.bias", out)
+    )
 
 
 def norm(v, name, x, eps):
-    return F.group_norm(x, 32, v(f"{name}.weight", x.shape[1], mean=1), v(f"{name}.bias", x.shape[1]), eps)
+    return F.group_norm(
+        x, 32, v(f"{name}.weight", x.shape[1], mean=1), v(f"{name}.bias", x.shape[1]), eps
+    )
 
 
 def conv1d(v, name, x, out):
-    return F.conv1d(x, v(f"{name}.weight", out, x.shape[1], 1, fan_in=x.shape[1]), v(f"{name}.bias", out))
+    return F.conv1d(
+        x, v(f"{name}.weight", out, x.shape[1], 1, fan_in=x.shape[1]), v(f"{name}.bias", out)
+    )
 
 
 def stacked_residual(v, prefix, x, emb, out, eps, names):
@@ -112,18 +122,24 @@ def enlarge(x):
 def pesser(v: Variables, x, t, s: Spec):
     names = ("norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut")
     attention = ("norm", "q", "k", "v", "proj_out")
-    emb = linear(v, "temb.dense.1", swish(linear(v, "temb.dense.0", sin_cos(t, s.ch), 4 * s.ch)), 4 * s.ch)
+    emb = linear(
+        v, "temb.dense.1", swish(linear(v, "temb.dense.0", sin_cos(t, s.ch), 4 * s.ch)), 4 * s.ch
+    )
     stack = [conv(v, "conv_in", x, s.ch)]
     last = len(s.mult) - 1
     for i, mult in enumerate(s.mult):
         for j in range(s.blocks):
-            h = stacked_residual(v, f"down.{i}.block.{j}.", stack[-1], emb, s.ch * mult, 1e-6, names)
+            h = stacked_residual(
+                v, f"down.{i}.block.{j}.", stack[-1], emb, s.ch * mult, 1e-6, names
+            )
             if i in s.attention:
                 h = separate_attention(v, f"down.{i}.attn.{j}.", h, 1e-6, attention)
             stack.append(h)
         if i < last:
             padded = F.pad(stack[-1], (0, 1, 0, 1))
-            stack.append(conv(v, f"down.{i}.downsample.conv", padded, s.ch * mult, stride=2, padding=0))
+            stack.append(
+                conv(v, f"down.{i}.downsample.conv", padded, s.ch * mult, stride=2, padding=0)
+            )
     h = stack[-1]
     h = stacked_residual(v, "mid.block_1.", h, emb, h.shape[1], 1e-6, names)
     h = separate_attention(v, "mid.attn_1.", h, 1e-6, attention)
@@ -160,14 +176,21 @@ def w86763777(v: Variables, x, t, s: Spec):
             stack.append(block(f"downblocks.{item}.", stack[-1], s.ch * mult, i in s.attention))
             item += 1
         if i + 1 < len(s.mult):
-            stack.append(conv(v, f"downblocks.{item}.main", stack[-1], s.ch * mult, stride=2, padding=1))
+            stack.append(
+                conv(v, f"downblocks.{item}.main", stack[-1], s.ch * mult, stride=2, padding=1)
+            )
             item += 1
     h = block("middleblocks.0.", stack[-1], stack[-1].shape[1], True)
     h = block("middleblocks.1.", h, h.shape[1], False)
     item = 0
     for i in reversed(range(len(s.mult))):
         for _ in range(s.blocks + 1):
-            h = block(f"upblocks.{item}.", torch.cat([h, stack.pop()], dim=1), s.ch * s.mult[i], i in s.attention)
+            h = block(
+                f"upblocks.{item}.",
+                torch.cat([h, stack.pop()], dim=1),
+                s.ch * s.mult[i],
+                i in s.attention,
+            )
             item += 1
         if i > 0:
             h = conv(v, f"upblocks.{item}.main", enlarge(h), h.shape[1])
@@ -180,13 +203,17 @@ def tqch(v: Variables, x, t, s: Spec):
     emb = linear(v, "embed.2", swish(linear(v, "embed.0", sin_cos(t, s.ch), 4 * s.ch)), 4 * s.ch)
 
     def attend(prefix, h):
-        q, k, value = conv(v, f"{prefix}.project_in", norm(v, f"{prefix}.norm", h, 1e-6), 3 * h.shape[1], size=1).chunk(3, 1)
+        q, k, value = conv(
+            v, f"{prefix}.project_in", norm(v, f"{prefix}.norm", h, 1e-6), 3 * h.shape[1], size=1
+        ).chunk(3, 1)
         return h + conv(v, f"{prefix}.project_out", one_head(q, k, value), h.shape[1], size=1)
 
     def block(prefix, h, width, level):
         if level not in s.attention:
             return stacked_residual(v, f"{prefix}.", h, emb, width, 1e-6, names)
-        return attend(f"{prefix}.1", stacked_residual(v, f"{prefix}.0.", h, emb, width, 1e-6, names))
+        return attend(
+            f"{prefix}.1", stacked_residual(v, f"{prefix}.0.", h, emb, width, 1e-6, names)
+        )
 
     stack = [conv(v, "in_conv", x, s.ch)]
     for i, mult in enumerate(s.mult):
@@ -211,7 +238,10 @@ def tqch(v: Variables, x, t, s: Spec):
 def openai(v: Variables, x, t, s: Spec, labels=None):
     half = s.ch // 2
     angles = t.float() * (1000.0 / s.timesteps if s.rescale else 1.0)
-    angles = angles[:, None] * torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)[None]
+    angles = (
+        angles[:, None]
+        * torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)[None]
+    )
     emb = torch.cat([angles.cos(), angles.sin()], dim=1)
     emb = linear(v, "time_embed.2", F.silu(linear(v, "time_embed.0", emb, 4 * s.ch)), 4 * s.ch)
     if s.classes:
@@ -222,7 +252,9 @@ def openai(v: Variables, x, t, s: Spec, labels=None):
         if resize:
             skip, h = resize(skip), resize(h)
         h = conv(v, f"{prefix}.in_layers.2", h, width)
-        signal = linear(v, f"{prefix}.emb_layers.1", F.silu(emb), width * (2 if s.scale_shift else 1))[:, :, None, None]
+        signal = linear(
+            v, f"{prefix}.emb_layers.1", F.silu(emb), width * (2 if s.scale_shift else 1)
+        )[:, :, None, None]
         if s.scale_shift:
             scale, shift = signal.chunk(2, dim=1)
             h = norm(v, f"{prefix}.out_layers.0", h, 1e-5) * (1 + scale) + shift
@@ -242,12 +274,18 @@ def openai(v: Variables, x, t, s: Spec, labels=None):
         for head in range(heads):
             d = c // heads
             if s.new_order:  # all q, all k, all v
-                q, k, value = (qkv[:, part * c + head * d : part * c + (head + 1) * d] for part in range(3))
+                q, k, value = (
+                    qkv[:, part * c + head * d : part * c + (head + 1) * d] for part in range(3)
+                )
             else:  # head by head
-                q, k, value = (qkv[:, (3 * head + part) * d : (3 * head + part + 1) * d] for part in range(3))
+                q, k, value = (
+                    qkv[:, (3 * head + part) * d : (3 * head + part + 1) * d] for part in range(3)
+                )
             weights = torch.einsum("bci,bcj->bij", q * d**-0.25, k * d**-0.25).softmax(dim=-1)
             outputs.append(torch.einsum("bij,bcj->bci", weights, value))
-        return x + conv1d(v, f"{prefix}.proj_out", torch.cat(outputs, dim=1), c).reshape(b, c, *space)
+        return x + conv1d(v, f"{prefix}.proj_out", torch.cat(outputs, dim=1), c).reshape(
+            b, c, *space
+        )
 
     stack, item, last = [conv(v, "input_blocks.0.0", x, s.ch * s.mult[0])], 1, len(s.mult) - 1
     for i, mult in enumerate(s.mult):
@@ -303,8 +341,13 @@ def ho(v: Variables, x, t, s: Spec):
     def normalize(name, x):
         c = x.shape[-1]
         groups = x.reshape(x.shape[0], -1, 32, c // 32)
-        mean, var = groups.mean((1, 3), keepdim=True), groups.var((1, 3), unbiased=False, keepdim=True)
-        return ((groups - mean) / torch.sqrt(var + 1e-6)).reshape(x.shape) * v(f"{name}/gamma", c, mean=1) + v(f"{name}/beta", c)
+        mean, var = (
+            groups.mean((1, 3), keepdim=True),
+            groups.var((1, 3), unbiased=False, keepdim=True),
+        )
+        return ((groups - mean) / torch.sqrt(var + 1e-6)).reshape(x.shape) * v(
+            f"{name}/gamma", c, mean=1
+        ) + v(f"{name}/beta", c)
 
     def res(name, x, out):
         h = conv2d(f"{name}/conv1", swish(normalize(f"{name}/norm1", x)), out)
@@ -319,20 +362,42 @@ def ho(v: Variables, x, t, s: Spec):
         weights = torch.softmax(logits.reshape(*logits.shape[:3], -1), dim=-1).reshape(logits.shape)
         return x + affine(f"{name}/proj_out", torch.einsum("bhwHW,bHWc->bhwc", weights, value), c)
 
-    temb = affine("model/temb/dense1", swish(affine("model/temb/dense0", sin_cos(t, s.ch), 4 * s.ch)), 4 * s.ch)
+    temb = affine(
+        "model/temb/dense1",
+        swish(affine("model/temb/dense0", sin_cos(t, s.ch), 4 * s.ch)),
+        4 * s.ch,
+    )
     stack = [conv2d("model/conv_in", x.permute(0, 2, 3, 1), s.ch)]
     for level, mult in enumerate(s.mult):
         for block in range(s.blocks):
             h = res(f"model/down_{level}/block_{block}", stack[-1], s.ch * mult)
-            stack.append(attend(f"model/down_{level}/attn_{block}", h) if level in s.attention else h)
+            stack.append(
+                attend(f"model/down_{level}/attn_{block}", h) if level in s.attention else h
+            )
         if level != len(s.mult) - 1:
-            stack.append(conv2d(f"model/down_{level}/downsample/conv", stack[-1], s.ch * mult, stride=2))
+            stack.append(
+                conv2d(f"model/down_{level}/downsample/conv", stack[-1], s.ch * mult, stride=2)
+            )
     width = stack[-1].shape[-1]
-    h = res("model/mid/block_2", attend("model/mid/attn_1", res("model/mid/block_1", stack[-1], width)), width)
+    h = res(
+        "model/mid/block_2",
+        attend("model/mid/attn_1", res("model/mid/block_1", stack[-1], width)),
+        width,
+    )
     for level in reversed(range(len(s.mult))):
         for block in range(s.blocks + 1):
-            h = res(f"model/up_{level}/block_{block}", torch.cat([h, stack.pop()], dim=-1), s.ch * s.mult[level])
+            h = res(
+                f"model/up_{level}/block_{block}",
+                torch.cat([h, stack.pop()], dim=-1),
+                s.ch * s.mult[level],
+            )
             h = attend(f"model/up_{level}/attn_{block}", h) if level in s.attention else h
         if level:
-            h = conv2d(f"model/up_{level}/upsample/conv", h.repeat_interleave(2, 1).repeat_interleave(2, 2), h.shape[-1])
-    return conv2d("model/conv_out", swish(normalize("model/norm_out", h)), s.out).permute(0, 3, 1, 2)
+            h = conv2d(
+                f"model/up_{level}/upsample/conv",
+                h.repeat_interleave(2, 1).repeat_interleave(2, 2),
+                h.shape[-1],
+            )
+    return conv2d("model/conv_out", swish(normalize("model/norm_out", h)), s.out).permute(
+        0, 3, 1, 2
+    )

@@ -1,0 +1,1 @@
+"""Compile for machines that are not here, and report what the compiler decided."""

@@ -1,0 +1,315 @@
+"""Read the flags that commands share.
+
+Exit codes of a command: 0 done; 1 something the user can mend, told in one line; 2 a flag that does
+not parse; 128 + n stopped by signal n with everything saved; 134 another host of the run died
+(docs/running.md). A traceback means a fault of the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+from ddpm_jax.errors import HostError, UserError
+from ddpm_jax.files import MOST_DIGITS, check_writable, default_cache
+from ddpm_jax.parallel import HOST_TIMEOUT, START_TIMEOUT
+
+if TYPE_CHECKING:  # importing JAX takes half a second, in which --help is long there
+    from ddpm_jax.config import Config
+    from ddpm_jax.parallel.devices import Devices
+
+T = TypeVar("T")
+
+NAMES: set[str] = set()  # of the flags of the command that runs, for `run.with_dashes`
+_START: list[str] = []  # the words of `start_as`
+
+
+def start_as(*words: str) -> None:
+    """Say which words started this command, such as "ddpm" and "train": help repeats them."""
+    _START[:] = words
+
+
+def start() -> list[str]:
+    """Return the words that started this command, a script where nothing else was named."""
+    return _START or ["python", sys.argv[0]]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line that names --help, without the usage before it."""
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the flags, and keep their names for `run.with_dashes`.
+
+        Raises:
+          UserError: --output cannot be written, which is better known before the work than after.
+        """
+        NAMES.clear()
+        NAMES.update(
+            name.removeprefix("--") for action in self._actions for name in action.option_strings
+        )
+        values = super().parse_args(*arguments, **options)
+        output = getattr(values, "output", None)
+        if isinstance(output, Path) and not getattr(values, "process_id", None):
+            try:
+                check_writable(output)
+            except OSError as error:
+                raise UserError(
+                    f"output={output} cannot be written ({error.strerror}): name another output"
+                ) from error
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and end with code 2."""
+        line = f"{' '.join(message.split())} ({self.prog} --help lists the flags)"
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser(description: str | None, example: str) -> argparse.ArgumentParser:
+    """Return a parser for a command.
+
+    Args:
+      description: the docstring of its module.
+      example: command lines that begin with "python scripts/NAME.py", which help shows as the
+        command was started.
+    """
+    program = " ".join(_START) or None
+    if program is not None:
+        example = re.sub(r"python scripts/\w+\.py", program, example)
+    parser = _Parser(
+        prog=program,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # Every flag of these types, in all commands.
+    parser.register("type", Path, path)
+    parser.register("type", int, whole)
+    parser.register("type", float, real)
+    return parser
+
+
+def path(text: str) -> Path:
+    """Return the path that a flag names, with ~ for the home folder.
+
+    Shells leave --workdir=~/runs as it is. An empty path would be the current folder, which nobody
+    means by it.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("name a file or folder")
+    return Path(os.path.expanduser(text))
+
+
+def whole(text: str) -> int:
+    """Return the whole number that a flag names, one that 64 bits hold."""
+    if len(text.strip()) > MOST_DIGITS:
+        raise argparse.ArgumentTypeError(
+            f"{text[:MOST_DIGITS]}...: a whole number of at most {MOST_DIGITS} digits"
+        )
+    return int(text)
+
+
+def real(text: str) -> float:
+    """Return the number that a flag names, neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be finite")
+    return value
+
+
+def add_workdir(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --workdir."""
+    flags.add_argument(
+        "--workdir", type=Path, required=required, metavar="DIR", help="the run directory"
+    )
+
+
+def add_run(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --workdir, and --pretrained, which `find_run` makes a run directory of."""
+    group = flags.add_mutually_exclusive_group(required=required)
+    group.add_argument("--workdir", type=Path, metavar="DIR", help="the run directory")
+    group.add_argument(
+        "--pretrained",
+        metavar="NAME",
+        help="or a network that ships: cifar10_small, digits, faces, fashion_mnist",
+    )
+
+
+def find_run(options: argparse.Namespace, devices: Devices) -> None:
+    """Set `options.workdir` to the run that the flags of `add_run` name."""
+    from ddpm_jax.trained import find
+
+    options.workdir = find(options.workdir, options.pretrained, devices)
+
+
+def add_data_dir(flags: argparse.ArgumentParser, *, of_run: bool = False) -> None:
+    """Add --data_dir; None stands for the run's own, where `of_run`."""
+    flags.add_argument(
+        "--data_dir",
+        type=Path,
+        default=None if of_run else Path("data"),
+        metavar="DIR",
+        help=f"prepared data sets (default: {'where the run has them, or ' * of_run}data)",
+    )
+
+
+def add_inception(flags: argparse._ArgumentGroup) -> None:
+    """Add --inception, and --cache for what is downloaded and computed with it."""
+    cache = default_cache()
+    flags.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help=".pth of pytorch-fid, .pb of TensorFlow, or .npz",
+    )
+    flags.add_argument(
+        "--cache",
+        type=Path,
+        default=cache,
+        metavar="DIR",
+        help="weights, features (default: ~/.cache/ddpm_jax)",
+    )
+
+
+def step(text: str) -> int | Literal["best"]:
+    """Return the checkpoint that a flag names: its number, or "best", of lowest held-out loss."""
+    if text == "best":
+        return "best"
+    if not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step: a whole number, 0 or more, or best")
+    return int(text)
+
+
+def fill(kind: type[T], options: argparse.Namespace, **others: Any) -> T:
+    """Return an instance of the dataclass `kind` whose fields are the flags of the same names.
+
+    Args:
+      others: fields that no flag holds as it is.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(options).items() if name in names} | others)
+
+
+def add_hosts(flags: argparse.ArgumentParser) -> None:
+    """Add the flags that make several processes one run."""
+    group = flags.add_argument_group(
+        "several hosts (none of these under SLURM, Open MPI and on TPU pods)"
+    )
+    add = group.add_argument
+    add("--coordinator_address", metavar="HOST:PORT", help="of process 0, the same for all")
+    add("--num_processes", type=int, metavar="N", help="processes in all")
+    add(
+        "--process_id",
+        type=int,
+        metavar="I",
+        help="this one, 0..N-1; process 0 alone writes logs and pictures",
+    )
+    add(
+        "--host_timeout",
+        type=int,
+        default=HOST_TIMEOUT,
+        metavar="S",
+        help="seconds of silence that end all (default: 100)",
+    )
+    add(
+        "--start_timeout",
+        type=int,
+        default=START_TIMEOUT,
+        metavar="S",
+        help="seconds to wait for all (default: 300)",
+    )
+
+
+def join_hosts(options: argparse.Namespace) -> None:
+    """Join the processes that the flags of `add_hosts`, or the scheduler, name.
+
+    This must come before anything asks for devices.
+
+    Raises:
+      HostError: the flags are incomplete, nobody answers, or the hosts were started differently.
+    """
+    from ddpm_jax.parallel import hosts
+
+    for name in ("host_timeout", "start_timeout"):
+        if getattr(options, name) < 1:
+            raise HostError(f"{name}={getattr(options, name)}: at least 1 second")
+    hosts.join(
+        options.coordinator_address,
+        options.num_processes,
+        options.process_id,
+        host_timeout=options.host_timeout,
+        start_timeout=options.start_timeout,
+    )
+    # Where data lies is a matter of the machine. That it is the same is checked when it is open.
+    own = ("process_id", "data_dir")
+    shared = {name: value for name, value in vars(options).items() if name not in own}
+    hosts.same("the command line", shared)
+
+
+def add_config(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --config, and name the overrides of its fields in the help."""
+    flags.add_argument(
+        "--config",
+        required=required,
+        metavar="NAME",
+        help="that ships, such as digits or table2:eps_simple, a .py file or a config.json",
+    )
+    flags.add_argument_group("config fields").add_argument(
+        "--config.SECTION.FIELD",
+        metavar="VALUE",
+        help="override one field, e.g. --config.train.steps=1000; repeatable",
+    )
+
+
+def parse_with_config(
+    flags: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, Config]:
+    """Parse the flags, and load the config with its `--config.a.b=value` overrides."""
+    options, overrides = parse_with_overrides(flags, argv)
+    from ddpm_jax.config import load_config
+
+    return options, load_config(options.config, overrides)
+
+
+def parse_with_overrides(
+    flags: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the flags, and apart from them the `--config.a.b=value` overrides.
+
+    argparse cannot list these.
+
+    Returns:
+      The flags, and the overrides as "a.b=value".
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    prefix = "--config."
+    overrides = [item.removeprefix(prefix) for item in argv if item.startswith(prefix)]
+    return flags.parse_args([item for item in argv if not item.startswith(prefix)]), overrides
+
+
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers that a flag lists with commas between."""
+    return [whole(item) for item in text.split(",")]
+
+
+def labels(text: str) -> list[str]:
+    """Return the classes that a flag lists with commas between, by number or name."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers or names of classes, commas between")
+    return items
+
+
+def sides(text: str) -> tuple[int, int]:
+    """Return the height and the width that a flag names, as "32" for a square or as "32,64"."""
+    values = numbers(text)
+    if len(values) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r}: one side, or HEIGHT,WIDTH")
+    return values[0], values[-1]

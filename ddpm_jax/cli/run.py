@@ -1,0 +1,131 @@
+"""Run a command: one line for what the user can mend, and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+
+from ddpm_jax.cli import flags
+from ddpm_jax.errors import UserError
+from ddpm_jax.machine import tune_cpu
+from ddpm_jax.parallel import programs
+from ddpm_jax.progress import Lenient
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command, and end the process with the code of `outcome`."""
+    tune_cpu()
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+    ended = []  # [True] once `main` has returned, on all hosts then
+
+    def watched() -> int | None:
+        code = main()
+        ended.append(True)
+        return code
+
+    try:
+        code = outcome(watched)
+    except Exception:
+        if not _several_hosts():
+            raise
+        # Leaving the interpreter would wait for the other hosts, who wait for this one.
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not ended:  # refused or interrupted, perhaps on this host alone
+        if "jax" in sys.modules:
+            _hosts().leave()
+        # A failed save leaves threads of the checkpoint library that would raise, or hang, at exit.
+        os._exit(code)
+    if _several_hosts():
+        _hosts().barrier("end")  # the first host may have files to finish
+    sys.exit(code)
+
+
+def _several_hosts() -> bool:
+    """Return whether this process is one of several; it imports no JAX, which would have joined."""
+    return "jax" in sys.modules and sys.modules["jax"].process_count() > 1
+
+
+def _hosts() -> ModuleType:
+    from ddpm_jax.parallel import hosts
+
+    return hosts
+
+
+def outcome(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code.
+
+    A UserError, a failing disk and full memory are told in one line.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # TFDS and clu log what they raise as well
+    programs.keep_programs()
+    try:
+        return main() or 0
+    except UserError as error:
+        return complain(str(error) if error.step is None else f"{error}: {_again(error.step)}")
+    except OSError as error:
+        if error.errno is None or error.strerror is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    except MemoryError:
+        return complain("out of memory: this config is too large for the machine")
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return complain(_of_jax(error))
+
+
+def _of_jax(error: Exception) -> str:
+    """Return the line about an error of JAX that the user can mend, and raise any other."""
+    ours = type(error).__name__ == "JaxRuntimeError"
+    if ours and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "out of memory: a smaller batch, --config.train.accumulation or "
+            "--config.model.remat=true take less"
+        )
+    if "jax" in sys.modules:
+        from ddpm_jax.parallel.devices import why_none
+
+        if reason := why_none():  # asked after a failure alone, when nothing waits for devices
+            return reason
+    if not ours or not _several_hosts():
+        raise error
+    return (
+        f"the hosts lost one another ({str(error).splitlines()[0]}): start all of them again, "
+        "they go on"
+    )
+
+
+def _again(step: int) -> str:
+    """Return this command with another --step."""
+    rest = [item for item in sys.argv[1:] if not item.startswith("--step=")]
+    if "--step" in rest:
+        at = rest.index("--step")
+        del rest[at : at + 2]
+    return shlex.join([*flags.start(), *rest, f"--step={step}"])
+
+
+def complain(message: str) -> int:
+    """Print an error in one line and return exit code 1."""
+    print(f"error: {' '.join(with_dashes(message).split())}", file=sys.stderr)
+    return 1
+
+
+def with_dashes(message: str) -> str:
+    """Write `--workdir=...` where a message says `workdir=...`.
+
+    Messages come from a library that knows no command line. Names of flags are found before "="
+    anywhere, and before ":" at the start.
+    """
+    if not flags.NAMES:
+        return message
+    names = "|".join(sorted(map(re.escape, flags.NAMES)))
+    return re.sub(rf"(?<![\w./-])({names})(?==)|^({names})(?=:)", r"--\1\2", message)

@@ -1,0 +1,1 @@
+"""Compress images with a trained network, losslessly or progressively."""

@@ -1,0 +1,325 @@
+"""Write images into files that a trained network codes, and read them again.
+
+A file is one line of JSON, the header, and the sections whose sizes it lists. Whoever decodes needs
+the run directory, and a machine that computes the network exactly as the encoder's did: the header
+names checkpoint, weights, their fingerprint, software and device, and `decompress` refuses another.
+The network always sees batches of `group` images, filled up with zeros, because another batch size
+is another program whose last bits differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.build import build_process, denoiser, image_shape
+from ddpm_jax.coding.ans import Stack
+from ddpm_jax.coding.bits_back import CDFS, ChainCoder, Network, Reverse
+from ddpm_jax.coding.progressive import ProgressiveCoder, Received
+from ddpm_jax.diffusion.process import p_mean_variance
+from ddpm_jax.errors import CodingError
+from ddpm_jax.files import parse_json, replacing
+from ddpm_jax.trained import Trained
+
+FORMAT = "ddpm_jax images 1"
+METHODS = ("lossless", "progressive")
+DIFFERENT = (
+    "the images are not those encoded: "
+    "this machine computes the network differently from the encoder's"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are coded.
+
+    Attributes:
+      method: "lossless" is `bits_back`: the length of the bound, and initial bits. "progressive" is
+        `progressive`: longer by about a tenth, no initial bits, and every prefix is a picture.
+      group: images coded side by side, in one batch of the network.
+      clip, cdf: the model, as in `diffusion.bound.bound_terms`.
+      step_rate: bits/dim of a progressive step, see `ProgressiveCoder`.
+      lanes: of the lossless stack.
+      seed: of initial bits, or of shared noise.
+    """
+
+    method: str = "lossless"
+    group: int = 20
+    clip: bool = True
+    cdf: str = "tanh"
+    step_rate: float = 0.02
+    lanes: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CodingError(f"method={self.method}: one of {', '.join(METHODS)}")
+        if self.cdf not in CDFS:
+            raise CodingError(f"cdf={self.cdf}: one of {', '.join(CDFS)}")
+        for name, least in (("group", 1), ("lanes", 1), ("step_rate", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise CodingError(f"{name}={getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A coded file.
+
+    Attributes:
+      header: `shape` [n,h,w,c], `settings`, `model`, and for lossless files `net_bits`, what the
+        images took, and `initial_bits`, what the stack held before and gives back.
+      sections: what the coder wrote.
+    """
+
+    header: dict[str, Any]
+    sections: list[bytes]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Return the size of the sections."""
+        return sum(map(len, self.sections))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file."""
+        sizes = [len(section) for section in self.sections]
+        header = {"format": FORMAT, "sections": sizes} | self.header
+        return json.dumps(header).encode() + b"\n" + b"".join(self.sections)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Coded:
+        """Read the content of a file.
+
+        Args:
+          name: of the file, for messages.
+
+        Raises:
+          CodingError: it is no such file, or cut off.
+        """
+        line, _, rest = content.partition(b"\n")
+        try:
+            header = parse_json(line)
+            right = header.pop("format") == FORMAT
+            sizes = [int(size) for size in header.pop("sections")]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            right = False
+        if not right:
+            raise CodingError(f"{name}: not a file of {FORMAT!r}; make one with mode=encode")
+        if sum(sizes) != len(rest):
+            raise CodingError(
+                f"{name}: {len(rest)} bytes follow the header, not {sum(sizes)}: "
+                "the file is cut off or damaged"
+            )
+        ends = np.cumsum([0, *sizes])
+        return cls(header, [rest[a:b] for a, b in zip(ends[:-1], ends[1:])])
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        with replacing(path) as file:
+            file.write(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: Path) -> Coded:
+        """Read a file.
+
+        Raises:
+          CodingError: it is missing, no such file, or cut off.
+        """
+        if not path.is_file():
+            raise CodingError(f"{path}: no such file")
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+
+def compress(
+    trained: Trained,
+    images: np.ndarray,
+    settings: Settings,
+    on_step: Callable[[], None] = lambda: None,
+) -> Coded:
+    """Code uint8 images [n,h,w,c].
+
+    Raises:
+      CodingError: no images, images of another kind than the network's, a network with classes or
+        non-finite output.
+    """
+    expected = image_shape(trained.config)
+    if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+        raise CodingError(
+            f"images: expected uint8 {[*expected]}, at least one, "
+            f"got {images.dtype} {[*images.shape]}"
+        )
+    header = {"shape": images.shape, "settings": asdict(settings), "model": identity(trained)}
+    groups = _groups(len(images), settings.group)
+    if settings.method == "lossless":
+        coder = _chain_coder(trained, settings, on_step)
+        stack = Stack(settings.lanes, settings.seed)
+        for rows in groups:
+            coder.encode(stack, images[rows])
+        bits = {
+            "net_bits": stack.bits - stack.initial_bits,
+            "initial_bits": stack.initial_bits,
+            "borrowed": stack.borrowed,
+        }
+        return Coded(header | bits, _stack_sections(stack))
+    progressive, sections = _progressive_coder(trained, settings, on_step), []
+    for rows in groups:
+        bits, stack = progressive.encode(images[rows])
+        sections += [np.packbits(bits).tobytes(), *_stack_sections(stack)]
+    return Coded(header, sections)
+
+
+def decompress(
+    trained: Trained, coded: Coded, on_step: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """Decode the images, uint8 [n,h,w,c], bit for bit.
+
+    Raises:
+      CodingError: the file is of another network or kind of machine, or the network was computed
+        differently after all.
+    """
+    settings, (count, *shape) = _open(trained, coded), coded.header["shape"]
+    groups, parts = _groups(count, settings.group), []
+    if settings.method == "lossless":
+        coder, stack = _chain_coder(trained, settings, on_step), _stack(coded.sections)
+        for rows in reversed(groups):
+            parts.insert(0, coder.decode(stack, (rows.stop - rows.start, *shape)))
+        if not stack.is_initial(coded.header["borrowed"], settings.seed):
+            raise CodingError(DIFFERENT)
+        return np.concatenate(parts)
+    progressive = _progressive_coder(trained, settings, on_step)
+    for number, rows in enumerate(groups):
+        bits, stack = _progressive_sections(coded, number)
+        parts.append(progressive.decode(bits, stack, (rows.stop - rows.start, *shape)))
+        if not stack.is_initial(0, settings.seed):
+            raise CodingError(DIFFERENT)
+    return np.concatenate(parts)
+
+
+def receive(
+    trained: Trained, coded: Coded, on_step: Callable[[], None] = lambda: None
+) -> Iterator[tuple[slice, Received]]:
+    """Decode the pictures of a progressive file, step by step, one group after the other.
+
+    Yields:
+      Which images, and what has been received of them.
+
+    Raises:
+      CodingError: as `decompress`; or a lossless file, which has no such prefixes.
+    """
+    settings, (count, *shape) = _open(trained, coded), coded.header["shape"]
+    if settings.method != "progressive":
+        raise CodingError(
+            "a lossless file can only be decoded whole: "
+            "encode with method=progressive to stop early"
+        )
+    progressive = _progressive_coder(trained, settings, on_step)
+    for number, rows in enumerate(_groups(count, settings.group)):
+        bits, _ = _progressive_sections(coded, number)
+        for received in progressive.receive(bits, (rows.stop - rows.start, *shape)):
+            yield rows, received
+
+
+def forward_passes(trained: Trained, count: int, settings: Settings) -> int | None:
+    """Return the batches that the network sees to code, or to decode, `count` images.
+
+    None where that is up to the images.
+    """
+    if settings.method == "progressive":
+        return None
+    return len(_groups(count, settings.group)) * trained.config.diffusion.timesteps
+
+
+def identity(trained: Trained) -> dict[str, Any]:
+    """Describe the network, and what computes it."""
+    digest, leaves = hashlib.sha256(), jax.tree.leaves(trained.params)
+    for leaf in leaves:
+        digest.update(np.asarray(leaf).tobytes())
+    device = min(leaves[0].devices(), key=lambda device: device.id)
+    software = f"jax {jax.__version__} on {device.platform} {device.device_kind}"
+    return {
+        "weights": trained.weights,
+        "step": trained.step,
+        "sha256": digest.hexdigest()[:16],
+        "computed_by": software,
+    }
+
+
+def _open(trained: Trained, coded: Coded) -> Settings:
+    theirs, ours = coded.header["model"], identity(trained)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise CodingError(
+                f"the file was coded with {name} {theirs[name]!r}, not {value!r}: "
+                "decode with the same"
+            )
+    return Settings(**coded.header["settings"])
+
+
+def _groups(count: int, group: int) -> list[slice]:
+    return [slice(i, min(i + group, count)) for i in range(0, count, group)]
+
+
+def _network(trained: Trained, settings: Settings) -> Network:
+    config = trained.config
+    if config.model.num_classes:
+        raise CodingError(
+            f"config.model.num_classes={config.model.num_classes}: "
+            "the codec sends no labels, train without"
+        )
+    process, bind, shape = build_process(config), denoiser(config), image_shape(config)
+
+    @jax.jit
+    def reverse(params: Any, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        timesteps = jnp.full(settings.group, t)
+        step = p_mean_variance(
+            process, bind(params)(x, timesteps), x, timesteps, clip=settings.clip
+        )
+        return step.mean, step.log_variance, step.x0
+
+    def network(x: np.ndarray, t: int) -> Reverse:
+        batch = np.zeros((settings.group, *shape), np.float32)
+        batch[: len(x)] = x
+        return Reverse(
+            *(rows[: len(x)] for rows in jax.device_get(reverse(trained.params, batch, t)))
+        )
+
+    return network
+
+
+def _chain_coder(trained: Trained, settings: Settings, on_step: Callable[[], None]) -> ChainCoder:
+    schedule = build_process(trained.config).schedule
+    return ChainCoder(schedule, _network(trained, settings), cdf=settings.cdf, on_step=on_step)
+
+
+def _progressive_coder(
+    trained: Trained, settings: Settings, on_step: Callable[[], None]
+) -> ProgressiveCoder:
+    schedule, network = build_process(trained.config).schedule, _network(trained, settings)
+    return ProgressiveCoder(
+        schedule,
+        network,
+        step_rate=settings.step_rate,
+        cdf=settings.cdf,
+        seed=settings.seed,
+        on_step=on_step,
+    )
+
+
+def _stack_sections(stack: Stack) -> list[bytes]:
+    return [stack.heads.astype("<u8").tobytes(), stack.tail.astype("<u2").tobytes()]
+
+
+def _stack(sections: list[bytes]) -> Stack:
+    return Stack.of(np.frombuffer(sections[0], "<u8"), np.frombuffer(sections[1], "<u2"))
+
+
+def _progressive_sections(coded: Coded, number: int) -> tuple[np.ndarray, Stack]:
+    packed, *stack = coded.sections[3 * number : 3 * number + 3]
+    return np.unpackbits(np.frombuffer(packed, np.uint8)), _stack(stack)

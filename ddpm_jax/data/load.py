@@ -1,0 +1,197 @@
+"""Load one split of any data set, as uint8 images [N, H, W, C] with or without labels.
+
+A source is a length and `read(indices) -> {"image": uint8 [n, h, w, c], "label": int32 [n] if
+labelled}`. It is held whole in RAM (ArraySource), or decoded record by record on demand
+(RecordSource). Both give the same pixels in the same order.
+
+The set "digits" holds out every tenth example. A folder holds out every fiftieth image (or as
+`held_out_every` says), or the last one if it has fewer. A prepared set has its own test split;
+`prepared.py` has the rule for those without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config, DataConfig
+from ddpm_jax.data import decoding
+from ddpm_jax.data.batches import fingerprint
+from ddpm_jax.data.folder import folder_classes, folder_source, scan
+from ddpm_jax.data.source import (
+    SPLITS,
+    ArraySource,
+    Source,
+    Stream,
+    check_images,
+    check_shape,
+    decode_into_memory,
+    without_bad,
+)
+from ddpm_jax.errors import BadImages, DataError
+
+
+def load_source(data: DataConfig, data_dir: str | Path, split: str) -> Source:
+    """Open one split of the set that `data` names.
+
+    Args:
+      data: name, image_size (after padding), channels, padding, crop, in_memory, skip_bad; `flip`
+        is applied elsewhere.
+      data_dir: where prepare_data.py put the prepared sets; digits and folders do not need it.
+      split: "train" or "test".
+
+    Raises:
+      DataError: the set is missing, half prepared or damaged, or its images do not fit the config.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: one of {', '.join(SPLITS)}")
+    if data.name == "digits":
+        return _digits(data, split)
+    if data.name == "folder":
+        records = folder_source(data, split)
+    else:
+        # It imports TFDS and grain: 1.5 s that only these sets need.
+        from ddpm_jax.data.prepared import open_prepared
+
+        records = open_prepared(data, data_dir, split)
+    title = f"{data.name} {split}"
+    if data.in_memory:
+        return decode_into_memory(records, title, skip_bad=data.skip_bad)
+    return without_bad(records, title) if data.skip_bad else records
+
+
+def load_splits(data: DataConfig, data_dir: str | Path, splits: Sequence[str]) -> list[Source]:
+    """Open several splits of a set, as `load_source` does, and name what is bad in any of them.
+
+    Raises:
+      BadImages: naming the images of all splits that cannot be used.
+      DataError: as `load_source`.
+    """
+    sources, refusals = [], []
+    for split in splits:
+        try:
+            sources.append(load_source(data, data_dir, split))
+        except BadImages as error:
+            refusals.append(error)
+    if refusals:
+        reasons = [reason for error in refusals for reason in error.reasons]
+        raise BadImages(reasons, sum(error.count for error in refusals) + sum(map(len, sources)))
+    return sources
+
+
+def crop_of(data: DataConfig, data_dir: str | Path) -> str:
+    """Return the crop that made the images of a set, as they were prepared or as they are read."""
+    if data.name in ("digits", "folder"):
+        return data.crop
+    from ddpm_jax.data import prepared
+
+    done = prepared.crop_of(prepared.find_prepared(data.name, data_dir))
+    return data.crop if done == "none" else done
+
+
+def origin_of(
+    data: DataConfig, data_dir: Path, sources: Mapping[str, Source], *, classes: bool = False
+) -> dict[str, Any]:
+    """Return what a run remembers of its data: where it is, its crop, and what stands for it.
+
+    Args:
+      classes: whether the run has classes, and remembers their names where they are known.
+    """
+    origin: dict[str, Any] = {
+        "data_dir": str(data_dir.absolute()),
+        "crop": crop_of(data, data_dir),
+    }
+    if names := class_names(data, data_dir) if classes else ():
+        origin["classes"] = list(names)
+    if data.name == "folder":
+        return origin | {"files": scan(data.path).fingerprint()}
+    return origin | {split: fingerprint(source) for split, source in sources.items()}
+
+
+def class_names(data: DataConfig, data_dir: str | Path) -> tuple[str, ...]:
+    """Return the names of the classes of a set, in the order of their numbers; () for none."""
+    if data.name == "digits":
+        return ()
+    if data.name == "folder":
+        return folder_classes(scan(data.path)) if data.classes else ()
+    from ddpm_jax.data import prepared
+
+    return prepared.class_names(prepared.find_prepared(data.name, data_dir))
+
+
+def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Stream:
+    """Return images of one's own as a source.
+
+    Args:
+      what: an array uint8 [N,h,w,c]; a pair of it and its labels [N]; a function that returns an
+        iterable of arrays (see Stream); or a source, which is returned as it is.
+      data: what the images must be: image_size and channels. Its padding and crop are for sets
+        that are read from disk.
+      name: of the argument, for messages.
+
+    Raises:
+      DataError: it is none of these, or its images have another shape.
+    """
+    if hasattr(what, "__next__"):
+        raise DataError(
+            f"{name}: an iterator can be read once: give the function that makes it, so that a "
+            "run can go on where it was"
+        )
+    if callable(what):
+        source: Any = Stream(what)
+    elif hasattr(what, "read") or isinstance(what, Stream):
+        source = what
+    else:
+        images, labels = what if isinstance(what, tuple) and len(what) == 2 else (what, None)
+        images = np.asarray(images)
+        check_images(name, images)
+        labels = None if labels is None else np.asarray(labels, np.int32)
+        if len(images) == 0 or (labels is not None and labels.shape != images.shape[:1]):
+            raise DataError(f"{name}: needs at least one image, and one label for each if any")
+        source = ArraySource(images, labels)
+    expected = data.image_size, data.image_size, data.channels
+    if tuple(source.image_shape) != expected:
+        raise DataError(
+            f"{name}: images of {'x'.join(map(str, source.image_shape))}, not "
+            f"{'x'.join(map(str, expected))}: set config.data.image_size and config.data.channels"
+        )
+    return source
+
+
+def own_sources(
+    config: Config, data_dir: Path, source: Any, held_out: Any
+) -> dict[str, Source | Stream]:
+    """Open the images that were given, and those of `config.data` where one of the two was not.
+
+    Raises:
+      DataError: see `load_source` and `as_source`; or held-out images that are a stream, or are
+        missing beside a source of one's own.
+    """
+    wanted = config.train.eval_images > 0
+    if source is None:
+        (source,) = load_splits(config.data, data_dir, ["train"])
+    elif held_out is None and wanted:
+        raise DataError("held_out: give images that are not trained on, or train.eval_images=0")
+    sources = {"train": as_source(source, config.data)}
+    if wanted:
+        sources["test"] = as_source(held_out, config.data, "held_out")
+        if isinstance(sources["test"], Stream):
+            raise DataError("held_out: a stream has no end: give an array")
+    return sources
+
+
+def _digits(data: DataConfig, split: str) -> ArraySource:
+    """Load the 1,797 8x8 digits that scikit-learn carries; their levels 0..16 become 0..255."""
+    from sklearn.datasets import load_digits  # half a second that only this set needs
+
+    digits = load_digits()
+    images = np.rint(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    check_shape("data set 'digits'", *images.shape[1:], data)
+    held_out = np.arange(len(images)) % 10 == 9
+    chosen = held_out if split == "test" else ~held_out
+    return ArraySource(
+        decoding.pad(images[chosen], data.padding), digits.target[chosen].astype(np.int32)
+    )

@@ -1,0 +1,1 @@
+"""Read data sets as their publishers give them away."""

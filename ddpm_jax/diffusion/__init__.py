@@ -1,0 +1,1 @@
+"""Pure functions of arrays: schedules, processes, losses, samplers and the reverse chain."""

@@ -1,0 +1,1 @@
+"""Progressive distillation: students that sample in half the steps of their teacher."""

@@ -1,0 +1,1 @@
+"""The Inception network behind FID: its weights, its files and its features."""

@@ -1,0 +1,204 @@
+"""Measure a trained run, or any images, metric by metric, and build references.
+
+    evaluate(EvaluationOptions(metrics=("fid",), workdir=Path("runs/cifar10"), num_images=10_000))
+
+All hosts compute features; the first one compares, prints and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax.data.source import SPLITS
+from ddpm_jax.evaluation import (
+    memorisation,
+    pixels,
+    quality,
+    quality_report,
+    rate_distortion,
+    reconstruction,
+    references,
+)
+from ddpm_jax.evaluation.inputs import Inputs
+from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
+from ddpm_jax.evaluation.options import METRICS, EvaluationOptions, check
+from ddpm_jax.parallel import hosts
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.runs.evaluations import NAME, append_evaluation
+
+Record = dict[str, Any]
+
+
+def evaluate(options: EvaluationOptions, devices: Devices | None = None) -> list[Record]:
+    """Measure `options.metrics`: print tables, append a line for each number to evaluations.jsonl.
+
+    Args:
+      devices: all of the machine, and of the other hosts, by default.
+
+    Returns:
+      The records, on the first host.
+
+    Raises:
+      UserError: what cannot be measured, with the remedy.
+      OSError: a file cannot be written.
+    """
+    check(bool(options.metrics), f"metrics: name any of {', '.join(METRICS)}")
+    job = _Job(Inputs(options, devices or Devices()))
+    if "nll" in options.metrics:
+        job.measure_nll()
+    if "reconstruction" in options.metrics:
+        job.measure_reconstruction()
+    of_inception = [name for name in quality.METRICS if name in options.metrics]
+    if of_inception:
+        job.measure_quality(of_inception)
+    if "pixels" in options.metrics:
+        job.measure_pixels()
+    if "audit" in options.metrics:
+        job.audit(in_features=bool(of_inception) or options.inception is not None)
+    print(f"appended to {job.inputs.place / NAME}", flush=True)
+    return job.records
+
+
+class _Job:
+    """The metrics of one evaluation, and their records."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.records = inputs, []
+
+    def record(self, report: Callable[[], list[Record]]) -> None:
+        """Append what `report` returns; it runs on the first host, and must not wait for others."""
+        with hosts.together():
+            if self.inputs.devices.is_main:
+                for record in report():
+                    append_evaluation(self.inputs.place, record)
+                    self.records.append(record)
+
+    def measure_nll(self) -> None:
+        options, trained = self.inputs.options, self.inputs.trained
+        protocol = Protocol(
+            options.num_timesteps, options.clip is not False, options.cdf, options.seed
+        )
+        nll = evaluate_nll(
+            trained.config,
+            trained.params,
+            self.inputs.source(options.split),
+            self.inputs.devices,
+            protocol=protocol,
+            num_images=options.num_images,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+
+        def report() -> list[Record]:
+            place = self.inputs.place
+            measured = rate_distortion.report(nll, protocol, trained, options.split, place)
+            return [{"metric": "nll"} | self.inputs.protocol() | measured]
+
+        self.record(report)
+
+    def measure_reconstruction(self) -> None:
+        options, trained = self.inputs.options, self.inputs.trained
+        errors = reconstruction.reconstruction_errors(
+            trained.config,
+            trained.params,
+            self.inputs.source(options.split),
+            self.inputs.devices,
+            num_images=options.num_images,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+
+        def report() -> list[Record]:
+            measured = reconstruction.report(errors, trained, options.split)
+            return [{"metric": "reconstruction"} | self.inputs.protocol() | measured]
+
+        self.record(report)
+
+    def measure_quality(self, metrics: list[str]) -> None:
+        options, extractor = self.inputs.options, self.inputs.extractor
+        tap = options.features
+        quality.check_weights(extractor.weights, metrics, tap)
+        reference = self.inputs.reference() if metrics != ["is"] else None
+        runs = [
+            quality.measure(extractor, samples, reference, metrics, tap)
+            for samples in self.inputs.samples
+        ]
+
+        def report() -> list[Record]:
+            return quality_report.report(
+                quality_report.over_seeds(runs),
+                self.inputs.samples[0],
+                reference,
+                extractor,
+                tap,
+                self.inputs.protocol(),
+                options.draws if options.samples is None else None,
+            )
+
+        self.record(report)
+
+    def measure_pixels(self) -> None:
+        split = self.inputs.options.reference
+        check(split in SPLITS, f"reference={split}: pixels are compared with train or test")
+        samples = self.inputs.samples[0]
+        real = self.inputs.split(split, self.inputs.options.reference_images)
+        self.record(lambda: [pixels.report(samples, real, split, self.inputs.protocol())])
+
+    def audit(self, *, in_features: bool) -> None:
+        """Search in pixels, and in the deepest features there are up to those asked for."""
+        options, samples = self.inputs.options, self.inputs.samples[0]
+        sets = memorisation.AuditSets(
+            samples,
+            self.inputs.split("train", options.reference_images),
+            self.inputs.split("test", samples.count),
+        )
+
+        def report(audit: memorisation.Audit, space: str) -> Record:
+            name = f"audit_{space}_{self.inputs.origin}_{samples.count}.csv"
+            path = self.inputs.place / "evaluations" / name
+            return memorisation.report(audit, sets, space, path, self.inputs.protocol())
+
+        self.record(lambda: [report(memorisation.audit_pixels(sets, progress=True), "pixels")])
+        if in_features:
+            extractor = self.inputs.extractor
+            taps = (options.features, "768", "192", "64")
+            tap = next(tap for tap in taps if tap in extractor.weights.taps)
+            audit = memorisation.audit_features(extractor, tap, sets)
+            self.record(lambda: [report(audit, f"features-{tap}") | extractor.provenance()])
+
+
+def build_reference(options: EvaluationOptions, devices: Devices | None = None) -> Path:
+    """Compute the statistics of a split, or of `options.samples`, into a file that it returns.
+
+    Raises:
+      UserError: what cannot be computed, with the remedy.
+      OSError: the file cannot be written.
+    """
+    of_split = options.samples is None
+    check(
+        of_split or options.output is not None,
+        "build_reference of samples needs output=FILE.npz",
+    )
+    check(
+        not of_split or options.reference in SPLITS,
+        f"reference={options.reference}: train or test, or samples of anything else",
+    )
+    inputs = Inputs(options, devices or Devices())
+    if of_split:
+        images = inputs.split(options.reference, options.reference_images)
+    else:
+        images = inputs.given.first(options.reference_images)
+    extractor, tap = inputs.extractor, options.features
+    extractor.weights.require(tap, "this reference")
+    path = options.output
+    if path is None:
+        name = references.file_name(images, extractor, tap)
+        path = inputs.data_dir / "references" / name
+    reference = references.build(extractor, images, tap)
+    with hosts.together():
+        if inputs.devices.is_main:
+            references.save(path, reference)
+            print(f"wrote {path}: {reference.describe()}", flush=True)
+    return path

@@ -1,0 +1,1 @@
+"""Distances and scores of sets of images, as functions of arrays."""

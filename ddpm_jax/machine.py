@@ -1,0 +1,126 @@
+"""Ask what a process may use of its machine, and set it up to use a CPU well."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+# Which operations XLA hands to YNNPACK, a library of kernels for CPUs. By default single
+# convolutions and products are among them, which takes a fifth to a third longer here than XLA's
+# own code (docs/performance.md).
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+WITHOUT_PRODUCTS = "-individual_convolution,-individual_dot"
+# XLA ends the process over a flag that it does not know. These versions of jaxlib know it.
+FIRST, BEYOND = (0, 10, 2), (0, 12)
+
+# XLA asks for the temporary memory of a program at every call. By these numbers of <malloc.h> the
+# C library keeps it, instead of handing it back to the system and fetching each page anew. With
+# more than one arena it hands memory back all the same.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+ALLOCATOR = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
+
+# Files of the devices that JAX would prefer to a CPU.
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "accel/accel*", "vfio/[0-9]*")
+
+
+def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
+    """Set this process up so that its programs for a CPU run fast.
+
+    It must come before JAX runs anything. It does nothing but on Linux with the GNU C library,
+    where JAX will use the CPU: where JAX_PLATFORMS says so, or says nothing and there is no other
+    device. What the user has set in XLA_FLAGS or about malloc stays. Results differ by rounding.
+
+    Args:
+      devices: the folder of device files.
+
+    Returns:
+      What was set: "XLA_FLAGS", "malloc", both or none.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not _uses_cpu(devices):
+        return []
+    steps = {"XLA_FLAGS": _avoid_ynnpack, "malloc": _keep_memory}
+    return [name for name, step in steps.items() if step()]
+
+
+def _uses_cpu(devices: Path) -> bool:
+    """Return whether JAX will use the CPU, as far as can be said without asking it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "").strip()
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(any(devices.glob(pattern)) for pattern in ACCELERATORS)
+
+
+def _avoid_ynnpack() -> bool:
+    """Add the flag to XLA_FLAGS, unless it is there or might not be understood."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    names_a_file = flags and not flags.startswith("-")
+    if YNNPACK in flags or names_a_file or not FIRST <= _jaxlib() < BEYOND:
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={WITHOUT_PRODUCTS}".strip()
+    return True
+
+
+def _jaxlib() -> tuple[int, ...]:
+    """Return the version of jaxlib, which is not imported; () where there is none."""
+    try:
+        version = metadata.version("jaxlib")
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+
+
+def _keep_memory() -> bool:
+    """Tell the C library to keep memory that was freed, unless the user has told it something."""
+    names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if any(name.startswith(names) for name in os.environ):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(parameter, value) for parameter, value in ALLOCATOR.items()])
+
+
+def cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Return the bytes of memory that this process may use.
+
+    They are those of the machine, or of its container where that has fewer.
+    """
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *_container_limits(Path("/"))])
+
+
+def _container_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory of this process's control groups, versions 1 and 2.
+
+    A group has its own limit and those of all groups above it. Inside a container the path that
+    the kernel names may lie outside what is mounted; what is mounted is then the group itself.
+
+    Args:
+      root: where /proc and /sys are.
+    """
+    listing = root / "proc/self/cgroup"
+    if not listing.is_file():
+        return
+    for line in listing.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            file = folder / name
+            if file.is_file() and (text := file.read_text().strip()) != "max":
+                yield int(text)
+            if folder == mount:
+                break

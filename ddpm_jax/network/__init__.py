@@ -1,0 +1,1 @@
+"""The Flax network that predicts the noise, and its parts."""

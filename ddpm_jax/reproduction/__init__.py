@@ -1,0 +1,1 @@
+"""Fill the cells of the papers' tables, and report what filled them."""

@@ -1,0 +1,127 @@
+"""Read the ledger of reproduction: each cell of the papers' tables, and what has filled it.
+
+benchmarks/paper.json holds the published values: tables of cells, each with the record that would
+fill it, and rows, each with its config and its published checkpoint.
+benchmarks/results/reproduction.jsonl holds what scripts/reproduce.py measured, a line a record of
+evaluations.jsonl with its row, scale and origin. This module matches the two; `page` writes
+REPRODUCTION.md.
+
+A record fills a cell if it is of the cell's row, at full scale, and has every value that the cell's
+`match` names. Of several, the last counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax import files
+from ddpm_jax.errors import LedgerError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+      row: of benchmarks/paper.json; None where nothing here would fill the cell.
+      paper: the value as printed.
+      match: what a record must say to fill the cell.
+      field: of the record, the value.
+      at: where the value is one of the record's curve, the point of the curve.
+    """
+
+    row: str | None
+    paper: str
+    match: Record
+    field: str
+    at: str | None
+
+    def measured(self, records: Iterable[Record]) -> Record | None:
+        """Return the last record that fills this cell, or None."""
+        fitting = [
+            record
+            for record in records
+            if self.row and record["row"] == self.row and agrees(record, self.match)
+        ]
+        return fitting[-1] if fitting else None
+
+    def value(self, record: Record) -> float | None:
+        """Return the number of `record` that belongs into this cell."""
+        return record["curve_rows"][self.at][self.field] if self.at else record[self.field]
+
+
+def agrees(record: Record, match: Record) -> bool:
+    """Say whether `record` has every value of `match`."""
+    return all(record.get(name) == value for name, value in match.items())
+
+
+def read_json(path: Path) -> Any:
+    """Read a file of the repository.
+
+    Raises:
+      LedgerError: it is missing or damaged.
+    """
+    try:
+        return files.read_json(path, nan=True)
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"{path} cannot be read ({error}): restore it from the repository"
+        ) from error
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read the lines of a .jsonl; none where there is no file.
+
+    Raises:
+      LedgerError: a line is no JSON.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            records.append(files.parse_json(line, nan=True))
+        except ValueError as error:
+            raise LedgerError(f"{path}: line {number} is not JSON: {error}") from error
+    return records
+
+
+def cells(table: Record) -> list[list[Cell]]:
+    """Return the cells `[rows][columns]` of a table of benchmarks/paper.json."""
+    rows = []
+    for line in table["rows"]:
+        match = line.get("match", {})
+        rows.append(
+            [
+                Cell(
+                    line.get("row"),
+                    value,
+                    match | column["match"],
+                    column["field"],
+                    line.get("at"),
+                )
+                for column, value in zip(table["columns"], line["values"], strict=True)
+            ]
+        )
+    return rows
+
+
+def evaluations(paper: Record, row: str) -> list[Record]:
+    """Return the different evaluations that fill the cells of a row, in their order.
+
+    Raises:
+      LedgerError: there is no such row.
+    """
+    if row not in paper["rows"]:
+        raise LedgerError(f"row={row}: one of {', '.join(paper['rows'])}")
+    matches: list[Record] = []
+    for table in paper["tables"]:
+        for cell in (cell for line in cells(table) for cell in line):
+            if cell.row == row and cell.match not in matches:
+                matches.append(cell.match)
+    return matches

@@ -1,0 +1,1 @@
+"""What lies in a run directory: config, checkpoints, metrics, evaluations, curves."""

@@ -1,0 +1,44 @@
+"""Draw curves of runs from their metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.figure
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import replacing
+from ddpm_jax.runs.metrics import read_metrics
+
+
+def plot_curves(
+    workdirs: Sequence[Path], names: Sequence[str], output: Path, *, log: bool = False
+) -> None:
+    """Draw one curve for each run and metric, against the step, as a PNG.
+
+    Raises:
+      UserError: a directory without metrics, a metric that a run never wrote, or another suffix
+        than .png.
+    """
+    if output.suffix != ".png":
+        raise UserError(f"output={output}: must end in .png")
+    # A figure of its own, without pyplot's global state and its search for a screen.
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel=", ".join(names), yscale="log" if log else "linear"
+    )
+    for workdir in workdirs:
+        if not (workdir / "metrics.jsonl").is_file():
+            raise UserError(f"workdir={workdir}: no metrics.jsonl; make one with ddpm train")
+        rows = read_metrics(workdir)
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if not points:
+                have = ", ".join(sorted({key for row in rows for key in row} - {"step"}))
+                raise UserError(f"{workdir}/metrics.jsonl has no {name!r}; it has {have}")
+            axes.plot(*zip(*points), label=f"{workdir.name}: {name}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with replacing(output) as file:
+        figure.savefig(file, format="png", dpi=110)

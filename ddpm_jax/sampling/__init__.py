@@ -1,0 +1,1 @@
+"""Samples of a trained network: any number, over all devices."""

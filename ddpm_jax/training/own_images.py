@@ -1,0 +1,275 @@
+"""Choose a config for a folder of images: size, channels, network, and how long to train.
+
+The choices are those of the configs that ship, scaled to the images and the machine. They are
+written into config.json, and each says its reason, so that nothing is decided in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UNetConfig,
+    override,
+    validate,
+)
+from ddpm_jax.data import decoding
+from ddpm_jax.data.classes import some_of
+from ddpm_jax.data.folder import HELD_OUT_EVERY, folder_classes, scan, split_folder
+from ddpm_jax.errors import DataError
+from ddpm_jax.parallel.devices import Devices
+
+SIZES = (256, 128, 64, 32, 16, 8)
+ALIGNED = (178, 218)  # CelebA's aligned faces
+_LOOKED_AT = 20_000  # images whose size is read
+_DECODED = 64  # images whose channels are looked at
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of the config, or the argument `image_size`; its value, and why."""
+
+    field: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a folder's images are like.
+
+    Attributes:
+      count: how many there are.
+      sizes: (width, height) of those looked at, with their numbers.
+      grey: whether all that were decoded are grey.
+    """
+
+    count: int
+    sizes: Counter[tuple[int, int]]
+    grey: bool
+
+    @property
+    def one_size(self) -> tuple[int, int] | None:
+        """Return the size of the images, if all have the same."""
+        return next(iter(self.sizes)) if len(self.sizes) == 1 else None
+
+    def smallest_side(self, share: float = 0.0) -> int:
+        """Return the side that all images have at least, but for a `share` of them."""
+        sides = np.repeat([min(size) for size in self.sizes], list(self.sizes.values()))
+        return int(np.quantile(sides, share, method="lower"))
+
+
+def choose_config(
+    folder: Path,
+    devices: Devices,
+    *,
+    image_size: int | None = None,
+    overrides: Iterable[str] = (),
+) -> tuple[Config, list[Choice]]:
+    """Choose a config for training on the images under `folder`.
+
+    Args:
+      image_size: the side of the images that the network sees, after any border.
+      overrides: `section.field=value` each; they win over what is chosen.
+
+    Returns:
+      The config, and what was chosen but for what `overrides` say.
+
+    Raises:
+      DataError: no images, none that can be read, or with data.classes=true no classes.
+      ConfigError: an override that does not serve.
+    """
+    overrides = list(overrides)
+    listing = scan(folder)
+    paths, survey = listing.images, survey_images(listing.images)
+    classes = folder_classes(listing) if "data.classes=true" in overrides else ()
+    fast = devices.devices[0].platform != "cpu"
+    data, why = choose_data(folder, survey, image_size, fast, "data.skip_bad=true" in overrides)
+    held_out = len(split_folder(paths, "test", data.held_out_every))
+    config = Config(
+        data=data,
+        model=choose_network(data.image_size, fast, len(classes)),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4 if fast else 1e-3, warmup_steps=5000 if fast else 500
+        ),
+        train=choose_training(fast, len(devices.devices), held_out),
+    )
+    for item in overrides:
+        override(config, item)
+    validate(config)
+    choices = [*why, *_explain_classes(config, classes), *_explain(config, fast, held_out)]
+    said = {item.partition("=")[0] for item in overrides}
+    return config, [choice for choice in choices if choice.field not in said]
+
+
+def survey_images(paths: Sequence[Path]) -> Survey:
+    """Look at images: the sizes of most, the channels of a few. Bad ones are for others to name.
+
+    Raises:
+      DataError: none can be read.
+    """
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in _some(paths, _LOOKED_AT):
+        try:
+            with Image.open(path, formats=decoding.FORMATS) as image:
+                sizes[image.size] += 1
+        except Exception:  # a damaged file can fail in any way
+            continue
+    grey = []
+    for path in _some(paths, _DECODED):
+        try:
+            grey.append(_is_grey(decoding.open_image(path, str(path))))
+        except DataError:
+            continue
+    if not sizes or not grey:
+        raise DataError(f"{paths[0]} and the others cannot be read as images: name another folder")
+    return Survey(len(paths), sizes, all(grey))
+
+
+def choose_data(
+    folder: Path, survey: Survey, image_size: int | None, fast: bool, skip_bad: bool
+) -> tuple[DataConfig, list[Choice]]:
+    """Choose the form of the images: crop, size, border, channels, flips and held-out share."""
+    limit = 64 if fast else 32
+    side, one = survey.smallest_side(0.05 if skip_bad else 0.0), survey.one_size
+    square = one is not None and one[0] == one[1]
+    padding, crop = 0, "celeba64" if one == ALIGNED else "center"
+    if square and image_size in (None, side) and side <= max(limit, image_size or 0):
+        crop = "none"
+        if side % 8 and side % 2 == 0 and image_size is None:
+            padding = (8 - side % 8) // 2
+        size = side + 2 * padding
+        reason = f"the images are {side}x{side}" + (f", with a border of {padding}" * bool(padding))
+    elif image_size is not None:
+        size, reason = image_size, "as you say"
+    else:
+        size = next((size for size in SIZES if size <= min(side, limit)), side)
+        machine = "" if fast else ", and more takes a CPU days"
+        reason = f"the smallest side of an image is {side}{machine}"
+    if size % 2 and crop == "none" and image_size is None:  # a network halves the size
+        size, crop, reason = size - 1, "center", f"the images are {side}x{side}, an odd size"
+    pixels = survey.count * size**2 * (1 if survey.grey else 3)
+    data = DataConfig(
+        name="folder",
+        path=str(folder),
+        image_size=size,
+        channels=1 if survey.grey else 3,
+        flip=not survey.grey,
+        padding=padding,
+        crop=crop,
+        in_memory=pixels <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4,
+        held_out_every=HELD_OUT_EVERY if survey.count >= 1000 else 10,
+    )
+    flip = "grey images may be letters or digits" if survey.grey else "not for letters or digits"
+    return data, [
+        Choice("image_size", str(size), reason),
+        Choice("data.crop", crop, "what is left of an image before it is shrunk"),
+        Choice("data.channels", str(data.channels), "grey" if survey.grey else "colour"),
+        Choice("data.flip", str(data.flip).lower(), f"mirrored half of the time; {flip}"),
+        Choice("data.held_out_every", str(data.held_out_every), "images, of which one is held out"),
+    ]
+
+
+def choose_network(size: int, fast: bool, classes: int = 0) -> UNetConfig:
+    """Choose the paper's network for this size, or on a CPU the small one of the configs.
+
+    Levels are added while the size can be halved, down to 4 pixels (8 on a CPU). Where there are
+    classes, a label in ten is hidden, so that samples can be guided.
+    """
+    labels = {"num_classes": classes, "label_dropout": 0.1 if classes else 0.0}
+    sizes = [size]
+    while sizes[-1] % 2 == 0 and (sizes[-1] > (4 if fast else 8) or len(sizes) < 2):
+        sizes.append(sizes[-1] // 2)
+    sizes = sizes[:6]
+    if not fast:
+        return UNetConfig(
+            base_channels=32,
+            channel_mult=(1, 2, 4, 4, 4, 4)[: len(sizes)],
+            blocks_per_level=1,
+            attention_resolutions=tuple(s for s in sizes if 4 <= s <= 8)[:1],
+            group_norm_groups=16,
+            dropout=0.0,
+            **labels,
+        )
+    mults = {5: (1, 2, 2, 2, 4), 6: (1, 1, 2, 2, 4, 4)}
+    return UNetConfig(
+        base_channels=128,
+        channel_mult=mults.get(len(sizes), (1, 2, 2, 2)[: len(sizes)]),
+        attention_resolutions=tuple(s for s in sizes if 8 < s <= 16),
+        dtype="bfloat16",
+        **labels,
+    )
+
+
+def choose_training(fast: bool, devices: int, held_out: int) -> TrainConfig:
+    """Choose batch, length and how often to look, for this machine."""
+    if fast:
+        return TrainConfig(
+            steps=200_000,
+            batch_size=-(-128 // devices) * devices,
+            ema_warmup=True,
+            eval_images=min(held_out, 2048),
+            sample_every=10_000,
+        )
+    return TrainConfig(
+        steps=20_000,
+        batch_size=-(-32 // devices) * devices,
+        ema_decays=(0.999,),
+        ema_warmup=True,
+        log_every=50,
+        eval_every=500,
+        eval_images=min(held_out, 512),
+        checkpoint_every=500,
+        sample_every=2000,
+        sample_images=16,
+    )
+
+
+def _explain_classes(config: Config, classes: Sequence[str]) -> list[Choice]:
+    model = config.model
+    return [
+        Choice("model.num_classes", str(model.num_classes), some_of(classes)),
+        Choice("model.label_dropout", str(model.label_dropout), "of the labels hidden: guidance"),
+    ][: 2 * len(classes)]
+
+
+def _explain(config: Config, fast: bool, held_out: int) -> list[Choice]:
+    model, train = config.model, config.train
+    where = "this accelerator" if fast else "a CPU"
+    mults = ",".join(map(str, model.channel_mult))
+    return [
+        Choice("data.in_memory", str(config.data.in_memory).lower(), "decoded once, into RAM"),
+        Choice("model.base_channels", str(model.base_channels), f"for {where}: the width"),
+        Choice("model.channel_mult", f"({mults})", "times the width, level by level"),
+        Choice("train.batch_size", str(train.batch_size), "images a step"),
+        Choice(
+            "train.steps",
+            f"{train.steps}",
+            "at most: Ctrl-C stops at any time, and the same command goes on",
+        ),
+        Choice("train.eval_images", str(train.eval_images), f"of {held_out:,} held out"),
+    ]
+
+
+def _some(paths: Sequence[Path], count: int) -> list[Path]:
+    """Return so many of `paths`, evenly spaced, or all."""
+    rows = np.unique(np.linspace(0, len(paths) - 1, count).astype(int))
+    return [paths[row] for row in rows]
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in ("1", "L", "LA"):
+        return True
+    red, green, blue = (np.asarray(image.convert("RGB").getchannel(name)) for name in "RGB")
+    return np.array_equal(red, green) and np.array_equal(green, blue)

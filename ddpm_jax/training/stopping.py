@@ -1,0 +1,58 @@
+"""Stop a run on a signal, on all hosts at the same step."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from types import FrameType
+from typing import Any
+
+import jax
+
+from ddpm_jax.parallel.devices import Devices
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGHUP, remembered until the step under way is done.
+
+    A second one acts at once. SIGHUP is what a closed terminal sends.
+
+    On several hosts a request to one is one to all, and all hear of it at the same step. After
+    each step the devices exchange what their hosts have received, and the answer is read LAG steps
+    later, when it is there and nothing has to wait for it.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    LAG = 2
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices, self._received = devices, 0
+        self._before: dict[int, Any] = {}
+        self._asked: deque[Any] = deque()
+
+    def listen(self) -> None:
+        """Let signals wait from here on.
+
+        Before there is a step to save, they end the process as they always do.
+        """
+        if not self._before:
+            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+            if self._before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the terminal may go
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def agreed(self) -> int:
+        """Return the signal on which all hosts stop now, or 0; all call it after each step."""
+        self._asked.append(self._devices.largest(self._received))
+        lag = self.LAG if jax.process_count() > 1 else 0
+        return int(self._asked.popleft()) if len(self._asked) > lag else 0
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, self._before[number])

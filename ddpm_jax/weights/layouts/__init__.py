@@ -1,0 +1,1 @@
+"""Declare the layouts of other code bases, one file each."""

@@ -1,0 +1,81 @@
+"""A prepared set that came from somebody else: its description is read, and runs nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import prepare
+from ddpm_jax.data.prepared import open_prepared
+from ddpm_jax.errors import DataError
+
+DATA = DataConfig(name="faces", image_size=8)
+
+
+@pytest.fixture
+def features(tmp_path) -> Path:
+    """features.json of the set "faces" in tmp_path/data."""
+    (tmp_path / "originals").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "originals" / f"{i}.png")
+    folder = prepare.prepare_folder(tmp_path / "originals", tmp_path / "data", "faces", 8)
+    return folder / "features.json"
+
+
+EVIL = {"pythonClassName": "evil.Feature", "text": {}}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: EVIL,
+        lambda whole: whole["featuresDict"]["features"].update(more=EVIL),
+        lambda whole: {"type": "evil.Feature", "content": {}},
+        lambda whole: whole["featuresDict"]["features"].update(
+            more=whole | {"featuresDict": {"features": {"deep": EVIL}}}
+        ),
+        lambda whole: {
+            "python_class_name": whole["pythonClassName"],
+            "json_feature": {"json": json.dumps({"x": {"type": "evil.Feature", "content": {}}})},
+        },
+        lambda whole: {
+            "type": whole["pythonClassName"],
+            "content": json.dumps({"features": {"more": EVIL}}),
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+        },
+    ],
+    ids=["class", "nested", "old spelling", "deep", "in text", "in old text"],
+)
+def test_a_set_names_no_class_that_would_run(spoil: Callable, features, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    whole = json.loads(features.read_text())
+    features.write_text(json.dumps(spoil(whole) or whole))
+    with pytest.raises(DataError, match="is damaged .features.json.*delete .* and run") as caught:
+        open_prepared(DATA, tmp_path / "data", "train")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"pythonClassName": ' + "9" * 5000 + "}", "[]", '{"featuresDict": 3}', "\0"],
+    ids=["depth", "digits", "list", "number", "no JSON"],
+)
+def test_a_description_that_makes_no_sense_is_one_line(text, features, tmp_path):
+    features.write_text(text)
+    with pytest.raises(DataError, match="is damaged"):
+        open_prepared(DATA, tmp_path / "data", "train")
+
+
+def test_a_set_of_our_own_is_read_as_before(features, tmp_path):
+    batch = open_prepared(DATA, tmp_path / "data", "train").read(np.arange(3))
+    assert sorted(batch["image"][:, 0, 0, 0]) == [0, 1, 2]

@@ -1,0 +1,53 @@
+"""Curves: drawn from what runs wrote, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.axes
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.runs.curves import plot_curves
+from ddpm_jax.runs.metrics import MetricWriter
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    with MetricWriter(tmp_path / "run") as writer:
+        for step in (10, 20, 30):
+            writer.write_scalars(step, {"loss": 1 / step})
+    return tmp_path / "run"
+
+
+def test_the_curve_is_in_the_picture(run, tmp_path, monkeypatch):
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "plot",
+        lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k))[1],
+    )
+    plot_curves([run], ["loss"], tmp_path / "curve.png", log=True)
+    assert drawn == [((10, 20, 30), (0.1, 0.05, pytest.approx(1 / 30)))]
+    with Image.open(tmp_path / "curve.png") as image:
+        pixels = np.array(image)
+    assert (
+        pixels.shape[0] > 100 and len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
+    )
+
+
+@pytest.mark.parametrize(
+    "workdir, names, output, said",
+    [
+        ("run", ["los"], "curve.png", "has no 'los'; it has loss"),
+        ("elsewhere", ["loss"], "curve.png", "no metrics.jsonl; make one with ddpm train"),
+        ("run", ["loss"], "curve.pdf", "must end in .png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(run, tmp_path, workdir, names, output, said):
+    with pytest.raises(UserError, match=said):
+        plot_curves([tmp_path / workdir], names, tmp_path / output)
+    assert not (tmp_path / output).exists()

@@ -1,0 +1,145 @@
+"""A sampler is what the config says, and a sample what its number, seed and class say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.config import Config, validate
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.sampling import generate
+from ddpm_jax.sampling.generate import Generator
+from ddpm_jax.sampling.guidance import guided
+from ddpm_jax.sampling.sampler import build_sampler, equidistant_frames
+from tests.support.tiny import tiny_config
+
+T, SHAPE = 8, (2, 2, 1)
+PARAMS = {"unused": np.zeros(1)}  # pmap wants a leaf
+SIGNAL2 = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
+
+
+def config_with(**fields) -> Config:
+    config = tiny_config(diffusion={"timesteps": T})
+    config.sampling = dataclasses.replace(config.sampling, **fields)
+    return validate(config)
+
+
+def by_class(params, labels):
+    """A network whose x0_hat is a tenth of the class, -0.9 without any."""
+    value = -0.9 if labels is None else 0.1 * labels[:, None, None, None].astype(jnp.float32)
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        at = jnp.asarray(SIGNAL2, jnp.float32)[t][:, None, None, None]
+        return (x - jnp.sqrt(at) * value) / jnp.sqrt(1 - at)
+
+    return denoise
+
+
+def generator(config: Config, devices: int = 1, bind=by_class, **options) -> Generator:
+    return Generator(
+        build_sampler(config), bind, SHAPE, Devices(jax.devices()[:devices]), **options
+    )
+
+
+def written_out_noise(seed: int, index: int, number: int) -> np.ndarray:
+    """The draw `number` of a sample: of a timestep, or T for x_T; stream 8 is that of samples."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 8), 0)
+    key = jax.random.fold_in(jax.random.fold_in(key, index), number)
+    return np.asarray(jax.random.normal(key, SHAPE), np.float64)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ancestral_small", 0.0), ("ddim", 0.0), ("ddim", 0.4)])
+def test_samples_are_the_chain_written_out(sampler: str, eta: float) -> None:
+    """Numbers, seed and classes at three of eight steps; all but the last row shows its noise."""
+    config = config_with(sampler=sampler, steps=3, eta=eta, clip=False)
+    network = lambda params, labels: lambda x, t: 0.5 * x  # noqa: E731
+    drawn = generator(config, bind=network).draw(PARAMS, seed=4, indices=np.array([7, 2, 300]))
+    eta = 1.0 if sampler == "ancestral_small" else eta
+    for index, sample in zip((7, 2, 300), drawn):
+        x = written_out_noise(4, index, T)
+        for t, to in ((7, 4), (4, 0), (0, None)):
+            at, after = SIGNAL2[t], 1.0 if to is None else SIGNAL2[to]
+            eps = 0.5 * x
+            x0 = (x - np.sqrt(1 - at) * eps) / np.sqrt(at)
+            sigma = eta * np.sqrt((1 - after) / (1 - at) * (1 - at / after))
+            x = np.sqrt(after) * x0 + np.sqrt(max(1 - after - sigma**2, 0)) * eps
+            x += sigma * written_out_noise(4, index, t)
+        np.testing.assert_allclose(sample, x, atol=1e-4)
+
+
+def test_classes_reach_the_network() -> None:
+    labels = np.array([3, 0, 5, 1, 2])
+    options = {"seed": 0, "indices": np.arange(5)}
+    drawn = generator(config_with(), batch_size=2).draw(PARAMS, labels=labels, **options)
+    expected = np.broadcast_to(0.1 * labels[:, None, None, None], (5, *SHAPE))
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
+    without = generator(config_with()).draw(PARAMS, **options)
+    np.testing.assert_allclose(without, -0.9, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip, limit", [(True, 1.0), (False, 5.0)])
+def test_x0_is_clipped_where_the_config_says_so(clip: bool, limit: float) -> None:
+    drawn = generator(config_with(clip=clip)).draw(
+        PARAMS, seed=0, indices=np.arange(2), labels=np.array([50, 50])
+    )
+    np.testing.assert_allclose(drawn, limit, atol=1e-3)
+
+
+@pytest.mark.parametrize("devices, asked, size", [(1, 5, 5), (2, 5, 6), (4, 5, 8), (4, 1, 4)])
+def test_batches_are_rounded_up_to_the_devices(devices: int, asked: int, size: int) -> None:
+    made = generator(config_with(), devices, batch_size=asked)
+    assert made.batch_size == size
+    batches = made(PARAMS, seed=0, indices=np.arange(size + 1), labels=np.zeros(size + 1, int))
+    assert [len(batch) for batch in batches] == [size, 1]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_is_eq_6_with_1_plus_w(scale: float) -> None:
+    """The mean is u + scale (c - u), the variance that with the label; "no label" is class 10."""
+
+    def bind(params, labels):
+        at = labels[:, None, None, None].astype(jnp.float32)
+        return lambda x, t: jnp.concatenate([x * at, 7 * at + 0 * x], axis=-1)
+
+    @dataclasses.dataclass
+    class Learned:
+        learns_variance: bool = True
+
+    denoise = guided(bind, Learned(), 10, scale)({}, jnp.array([2, 5]))
+    output = denoise(jnp.ones((2, *SHAPE)), jnp.zeros(2, jnp.int32))
+    for row, label in zip(output, (2, 5)):
+        np.testing.assert_allclose(row[..., 0], 10 + scale * (label - 10), rtol=1e-6)
+        np.testing.assert_allclose(row[..., 1], 7 * label)
+
+
+def test_the_guidance_of_a_generator_is_the_scale_asked_for(monkeypatch) -> None:
+    """Against x0_hat of classes 2 and "none", which is 3 here: 0.3 + scale (0.2 - 0.3)."""
+    config = tiny_config(model={"num_classes": 3, "label_dropout": 0.1}, diffusion={"timesteps": T})
+    monkeypatch.setattr(generate, "denoiser", lambda config, network=None: by_class)
+    monkeypatch.setattr(generate, "image_shape", lambda config: SHAPE)
+    one = Devices(jax.devices()[:1])
+    for scale in (0.0, 1.0, 2.0, 4.0):
+        made = generate.build_generator(config, one, guidance=scale)
+        drawn = made.draw(PARAMS, seed=0, indices=np.arange(2), labels=np.array([2, 2]))
+        np.testing.assert_allclose(drawn, 0.3 - 0.1 * scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("what, first", [("x_t", -1), ("x0", 0)])
+def test_frames_are_at_equal_distances_from_the_first_to_the_last(what: str, first: int) -> None:
+    frames = equidistant_frames(9, what, 5)
+    expected = np.rint(np.linspace(first, 8, 5)).astype(int)
+    np.testing.assert_array_equal(frames.after, expected[1:] if what == "x_t" else expected)
+
+
+def test_frames_of_x_t_begin_with_the_noise() -> None:
+    config = config_with(clip=False)
+    sampler = build_sampler(config, record="x_t", num_frames=T + 1)
+    made = Generator(sampler, by_class, SHAPE, Devices(jax.devices()[:1]))
+    frames = made.draw(PARAMS, seed=2, indices=np.array([5]), labels=np.array([4]))
+    assert frames.shape == (1, T + 1, *SHAPE)
+    np.testing.assert_allclose(frames[0, 0], written_out_noise(2, 5, T), atol=1e-6)
+    np.testing.assert_allclose(frames[0, -1], 0.4, atol=1e-4)

@@ -1,0 +1,51 @@
+"""The examples run, and what they draw is what they say."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+from ddpm_jax.images import load_png
+from tests.support.layers import ROOT
+
+SHORT = ["train.steps=1", "train.batch_size=8", "train.eval_images=0"]
+SMALL = ["model.base_channels=8", "model.channel_mult=(1,)", "model.attention_resolutions=()"]
+
+
+def run_example(monkeypatch, name: str, *arguments: object) -> dict[str, object]:
+    path = ROOT / "examples" / name
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    return runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_the_sampler_on_one_screen_draws_a_grid(tmp_path, monkeypatch, compiled_in_full):
+    path = ROOT / "examples" / "sampler_on_one_screen.py"
+    assert len(path.read_text().splitlines()) <= 40
+    run_example(monkeypatch, path.name, tmp_path / "digits.png")
+    grid = load_png(tmp_path / "digits.png")
+    assert grid.shape == (526, 526, 1)  # 8 x 8 pictures of 64 pixels, and gaps of 2
+    inside = grid[2:66, 2:66]
+    assert inside.max() > 150 and inside.min() < 60  # ink on paper, not noise around grey
+
+
+@pytest.mark.slow
+def test_networks_of_ones_own_train(tmp_path, monkeypatch, capsys):
+    names = run_example(monkeypatch, "own_network.py", tmp_path, *SHORT)
+    for name in ("linen", "nnx", "functions"):
+        assert load_png(tmp_path / f"{name}.png").shape == (526, 526, 1)
+        assert (tmp_path / name / "own_network.txt").exists()
+    assert names["model"].params["kernel"].shape == (64, 64)
+    assert capsys.readouterr().out.count("bits/dim") == 3
+
+
+@pytest.mark.slow
+def test_data_of_ones_own_train(tmp_path, monkeypatch):
+    names = run_example(monkeypatch, "own_data.py", tmp_path, *SHORT, *SMALL)
+    picture = load_png(tmp_path / "shapes.png")
+    assert picture.shape == (4 * 34 - 2, 16 * 34 - 2, 1)
+    shown = names["ddpm"].grid(names["shapes"](0, 32), columns=16, scale=2)
+    np.testing.assert_array_equal(picture[: len(shown)], shown)

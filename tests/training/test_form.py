@@ -1,0 +1,181 @@
+"""The two forms of the state hold the same numbers; on GPUs nothing is done leaf by leaf."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.training import form as forms
+from ddpm_jax.training import loop, step
+from ddpm_jax.training.form import FlatForm, TreeForm, state_form
+from ddpm_jax.training.state import abstract_state, init_state
+from ddpm_jax.training.step import build_train_step
+from tests.support.processes import assert_bit_equal, final_state
+from tests.support.tiny import images, tiny_config
+
+BUCKET = 2000  # elements: several buckets for the smallest network
+
+
+def batch(config, number):
+    return {"image": images(config, config.train.batch_size, number)}
+
+
+def run(config, form, devices, steps=4):
+    place = Devices(jax.devices()[:devices])
+    state = form.pack(place.replicate(init_state(config)))
+    mapped = place.map_step(build_train_step(config, form))
+    for number in range(steps):
+        state, metrics = mapped(state, place.place(batch(config, number)))
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+def test_packing_loses_nothing():
+    config = tiny_config()
+    form = FlatForm(config, bucket=BUCKET)
+    state = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype),
+        init_state(config),
+    )
+    packed = form.pack(state)
+    assert 3 <= len(packed.params) <= 8
+    assert {leaf.ndim for leaf in packed.params} == {1}
+    assert len(jax.tree.leaves(packed)) < 5 * len(packed.params) + 10  # two moments, two averages
+    assert_bit_equal(form.unpack(packed), state)
+    assert_bit_equal(form.tree(packed.ema["0.9"]), state.ema["0.9"])
+
+
+def test_a_filter_lies_in_a_bucket_as_gpus_convolve_with_it():
+    config = tiny_config()
+    form = FlatForm(config)
+    params = init_state(config).params
+    (vector,) = form.join(params)
+    kernel = np.asarray(params["conv_in"]["kernel"])
+    start = params["conv_in"]["bias"].size
+    np.testing.assert_array_equal(
+        vector[start : start + kernel.size], kernel.transpose(3, 0, 1, 2).reshape(-1)
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        pytest.param(
+            {"train": {"accumulation": 2}, "loss": {"timestep_sampling": "importance"}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_both_forms_take_the_same_steps(sections):
+    config = tiny_config(**sections)
+    form = FlatForm(config, bucket=BUCKET)
+    tree, of_tree = run(config, TreeForm(), 2)
+    flat, of_flat = run(config, form, 2)
+    assert of_tree.keys() == of_flat.keys()
+    for name, value in of_tree.items():
+        assert of_flat[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        form.unpack(flat),
+        tree,
+    )
+    for leaf in jax.tree.leaves(flat):  # as it is on one device, so on the other
+        first, other = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.slow
+def test_a_run_in_flat_form_resumes_exactly_and_its_checkpoints_are_trees(tmp_path, monkeypatch):
+    config = tiny_config(train={"eval_images": 4})
+    monkeypatch.setattr(
+        loop, "state_form", lambda config, devices, network: FlatForm(config, network, BUCKET)
+    )
+    two = Devices(jax.devices()[:2])
+    loop.train(config, tmp_path / "whole", data_dir=tmp_path, devices=two)
+    config.train.steps = 3
+    loop.train(config, tmp_path / "cut", data_dir=tmp_path, devices=two)
+    config.train.steps = 6
+    loop.train(config, tmp_path / "cut", data_dir=tmp_path, devices=two)
+    whole, cut = (final_state(config, tmp_path / name) for name in ("whole", "cut"))
+    assert jax.tree.structure(whole) == jax.tree.structure(abstract_state(config))
+    assert_bit_equal(whole, cut)
+    monkeypatch.undo()
+    # The same run in the other form: as far as it goes, from where this one stopped.
+    config.train.steps = 8
+    loop.train(config, tmp_path / "cut", data_dir=tmp_path, devices=two)
+    lines = (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[-1]["step"] == 8 and np.isfinite(rows[-1]["held_out_loss"])
+
+
+def test_the_platform_decides():
+    config = tiny_config()
+
+    class There:
+        platform = "gpu"
+
+    assert type(state_form(config, Devices())) is TreeForm
+    assert type(state_form(config, There())) is FlatForm
+
+
+# ------------------------------------------------------------------------------- nothing leaf by leaf
+
+
+def equations(jaxpr):
+    """All equations of a program, inside of its functions and loops as well."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr"),
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def done_to_leaves(config):
+    """How many scalars a step sums up, and how many roots of arrays it takes."""
+    form = forms.FlatForm(config, bucket=BUCKET)
+    state = jax.eval_shape(form.pack, abstract_state(config))
+    program = jax.make_jaxpr(build_train_step(config, form))(state, batch(config, 0)).jaxpr
+    found = list(equations(program))
+    scalars = [
+        e for e in found if e.primitive.name == "reduce_sum" and e.outvars[0].aval.shape == ()
+    ]
+    vectors = {leaf.shape for leaf in state.params}
+    roots = [e for e in found if e.primitive.name == "sqrt" and e.outvars[0].aval.shape in vectors]
+    all_roots = [e for e in found if e.primitive.name == "sqrt" and e.outvars[0].aval.size > 1]
+    return len(state.params), len(scalars), len(roots), len(all_roots)
+
+
+def test_norms_and_optimizer_go_by_buckets_not_by_leaves(monkeypatch):
+    """Four norms, of which the clip's is one that is there already, and the means of the loss."""
+    config = tiny_config()
+    buckets, sums, roots, all_roots = done_to_leaves(config)
+    assert sums <= 4 * buckets + 3
+    assert roots == all_roots == buckets  # Adam's
+
+    class OneNorm:
+        """optax.tree with a norm that goes leaf by leaf, as all went once."""
+
+        def norm(self, tree):
+            return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(cut(tree))))
+
+    cut = forms.FlatForm(config, bucket=BUCKET).split
+
+    class Optax:
+        def __getattr__(self, name):
+            return OneNorm() if name == "tree" else getattr(optax, name)
+
+    optax = step.optax
+    monkeypatch.setattr(step, "optax", Optax())
+    assert (
+        done_to_leaves(config)[1]
+        > 4 * buckets + 3 + len(jax.tree.leaves(abstract_state(config).params)) / 2
+    )

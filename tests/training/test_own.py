@@ -1,0 +1,95 @@
+"""A network and images of one's own are trained by the same loop, and go on to the bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddpm_jax as ddpm
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.training import loop
+from tests.support.processes import assert_bit_equal
+from tests.support.tiny import images, tiny_config
+
+CONFIG = tiny_config(
+    data={"name": "own", "image_size": 4},
+    train={"steps": 4, "eval_images": 6, "ema_decays": (0.5,)},
+)
+IMAGES = images(CONFIG, 40)
+
+
+def linear() -> ddpm.Network:
+    """eps_hat = kernel * x_t, with a kernel of one number."""
+    return ddpm.Network(
+        lambda key: {"kernel": jax.random.uniform(key, ())},
+        lambda params, x_t, t, labels, dropout: params["kernel"] * x_t,
+    )
+
+
+def stream():
+    for start in (0, 13, 30):  # of no size in particular
+        yield IMAGES[start : {0: 13, 13: 30, 30: 40}[start]]
+
+
+def train(folder, steps: int, **own) -> None:
+    config = tiny_config(data=vars(CONFIG.data), train=vars(CONFIG.train) | {"steps": steps})
+    devices = Devices(jax.devices()[:1])
+    own = {"network": linear(), "held_out": IMAGES[:6]} | own
+    assert loop.train(config, folder, data_dir=folder, devices=devices, **own) == 0
+
+
+def params(folder) -> dict:
+    return ddpm.load(folder, "raw", network=linear()).params
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "whole"
+    train(folder, 4, source=stream)
+    return folder
+
+
+def test_a_run_of_ones_own_goes_on_to_the_bit(whole, tmp_path):
+    train(tmp_path / "parts", 2, source=stream)
+    train(tmp_path / "parts", 4, source=stream)
+    assert_bit_equal(params(tmp_path / "parts"), params(whole))
+
+
+def test_a_model_of_ones_own_does_what_models_do(whole):
+    model = ddpm.load(whole, network=linear())
+    assert f"{model!r}".startswith("<Model of own, 4x4x1: 1 parameters")
+    x_t = np.ones((2, 4, 4, 1), np.float32)
+    np.testing.assert_allclose(model.denoise(x_t, 3), float(model.params["kernel"]) * x_t)
+    assert model.sample(2, sampler="ddim", steps=2).shape == (2, 4, 4, 1)
+    assert np.isfinite(model.bits_per_dim(IMAGES[:2], num_timesteps=2))
+
+
+def test_whose_network_it_is_must_be_said(whole, tmp_path):
+    with pytest.raises(ddpm.UserError, match="network is not in its config: from Python, give net"):
+        ddpm.load(whole)
+    with pytest.raises(ddpm.UserError, match="network is not in its config"):
+        train(whole, 4, source=stream, network=None)
+    with pytest.raises(ddpm.UserError, match="imported weights, which belong to our own UNet"):
+        ddpm.load("digits", network=linear())
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ({"source": stream, "held_out": None}, "held_out: give images that are not trained on"),
+        ({"source": stream()}, "source: an iterator can be read once: give the function"),
+        ({"source": stream, "held_out": stream}, "held_out: a stream has no end"),
+        ({"source": lambda: iter([])}, "source: the stream is empty"),
+        ({"source": lambda: [IMAGES / 255]}, "item 0 of the stream is float64"),
+        ({"source": IMAGES[:, :2]}, "source: images of 2x4x1, not 4x4x1"),
+        ({"source": (IMAGES, [1, 2])}, "one label for each"),
+        ({"source": "images"}, "source is <U6"),
+        ({"source": IMAGES, "network": jnp.tanh}, "must be a Flax module"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said_before_anything_is_written(own, message, tmp_path):
+    with pytest.raises(ddpm.UserError, match=message) as error:
+        train(tmp_path / "run", 4, **own)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -1,0 +1,138 @@
+"""Images of one's own: what is chosen for them, and the road from a folder to pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.build import abstract_params
+from ddpm_jax.config import Config, DataConfig, validate
+from ddpm_jax.data.load import load_splits
+from ddpm_jax.data.source import SPLITS
+from ddpm_jax.errors import ConfigError, WorkdirError
+from ddpm_jax.evaluation.inputs import Inputs
+from ddpm_jax.evaluation.options import EvaluationOptions
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.training.own_images import choose_config, choose_network
+from tests.support.commands import command_module
+
+# A network and a run so small that compiling is all they cost.
+SMALL = (
+    "--config.model.base_channels=8",
+    "--config.model.channel_mult=(1,)",
+    "--config.model.attention_resolutions=()",
+    "--config.model.group_norm_groups=4",
+    "--config.diffusion.timesteps=5",
+    "--config.diffusion.beta_end=0.5",
+    "--config.train.batch_size=8",
+    "--config.train.sample_every=0",
+    "--config.train.steps=1",
+)
+
+
+def write(folder: Path, count: int, width: int, height: int, mode: str = "RGB") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        shape = (height, width, 3) if mode == "RGB" else (height, width)
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / f"{number:03d}.png")
+
+
+def one_device() -> Devices:
+    return Devices(jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "images, expected",
+    [
+        ((40, 60, "RGB"), {"image_size": 32, "crop": "center", "channels": 3, "flip": True}),
+        ((28, 28, "L"), {"image_size": 32, "padding": 2, "crop": "none", "channels": 1}),
+        ((28, 28, "L"), {"flip": False}),
+        ((16, 16, "RGB"), {"image_size": 16, "padding": 0, "crop": "none"}),
+        ((9, 9, "L"), {"image_size": 8, "crop": "center"}),
+        ((20, 14, "L"), {"image_size": 8, "crop": "center"}),
+        ((178, 218, "RGB"), {"image_size": 32, "crop": "celeba64"}),
+    ],
+)
+def test_what_is_chosen_suits_the_images(tmp_path, images, expected):
+    """Sizes, channels and flips by hand; and what was chosen reads them."""
+    write(tmp_path / "in", 12, *images)
+    config, choices = choose_config(tmp_path / "in", one_device())
+    assert {name: getattr(config.data, name) for name in expected} == expected
+    train, test = load_splits(config.data, tmp_path, SPLITS)
+    assert (len(train), len(test), config.train.eval_images) == (11, 1, 1)
+    assert train.image_shape == (config.data.image_size,) * 2 + (config.data.channels,)
+    said = {choice.field: choice.value for choice in choices}
+    assert said["image_size"] == str(config.data.image_size)
+    assert {"data.flip", "data.channels", "data.held_out_every", "train.steps"} <= set(said)
+
+
+def test_what_one_says_wins_and_is_not_said_again(tmp_path):
+    write(tmp_path / "in", 4, 50, 50)
+    config, choices = choose_config(
+        tmp_path / "in", one_device(), image_size=48, overrides=["data.flip=false", "seed=3"]
+    )
+    assert (config.data.image_size, config.data.flip, config.seed) == (48, False, 3)
+    assert "data.flip" not in {choice.field for choice in choices}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_size_has_a_network(fast):
+    """Even sizes from 8 to 256 make a config that can be run, and a network that can be traced."""
+    for size in range(8, 257, 2):
+        config = Config(data=DataConfig(image_size=size), model=choose_network(size, fast))
+        validate(config)
+    for size in (8, 36):
+        data = DataConfig(image_size=size)
+        abstract_params(validate(Config(data=data, model=choose_network(size, fast))))
+
+
+def test_a_folder_is_enough_and_the_run_goes_on_by_its_workdir_alone(tmp_path, monkeypatch, capsys):
+    """As a newcomer does it: train, go on, sample, evaluate, each with --workdir alone."""
+    monkeypatch.chdir(tmp_path)
+    train = command_module("train").main
+    write(Path("photos"), 12, 10, 12)
+    assert train(["--images=photos", "--workdir=run", "--image_size=8", *SMALL]) == 0
+    said, progress = capsys.readouterr()
+    assert re.search(r"^step 1: held-out loss [0-9.]+$", progress, re.MULTILINE)
+    assert "--image_size=8 " in said and "--config.data.flip=true" in said
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["data"]["path"] == str(tmp_path / "photos")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = f"--workdir={tmp_path / 'run'}"
+    assert train([run]) == 0
+    assert f"{tmp_path / 'run'}: finished at step 1 of 1" in capsys.readouterr().out
+    options = EvaluationOptions(metrics=("nll",), workdir=tmp_path / "run")
+    assert len(Inputs(options, Devices()).source("train")) == 11
+    # The folder may move, and is named once.
+    shutil.move(tmp_path / "photos", tmp_path / "moved")
+    photos = f"--images={tmp_path / 'moved'}"
+    assert train([run, photos]) == 0
+    assert train([run]) == 0
+    with pytest.raises(ConfigError, match="image_size=16: the run in .* has 8: leave it out"):
+        train([run, photos, "--image_size=16"])
+    # Another list of images would mix training and held-out ones.
+    before = Path(tmp_path, "run/config.json").read_bytes()
+    write(tmp_path / "moved" / "more", 2, 10, 12)
+    with pytest.raises(WorkdirError, match=r"\(12 images, .*, now 14 images, .*held out might be"):
+        train([run, "--config.train.steps=2"])
+    assert Path(tmp_path, "run/config.json").read_bytes() == before
+
+
+def test_a_run_that_begins_needs_a_config_or_images(tmp_path):
+    train = command_module("train").main
+    with pytest.raises(
+        ConfigError, match="holds no run that could go on: name a config, or images"
+    ):
+        train([f"--workdir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match="images: of no use with config"):
+        train([f"--workdir={tmp_path / 'run'}", "--config=digits", "--images=x"])
+    assert not (tmp_path / "run").exists()
