@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from ddpm_jax.reproduction.rows import check
 
 GRACE = 60.0  # seconds that a command has to save and end
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -62,11 +61,10 @@ def call(
     line = shlex.join(["python", *command])
     print(line, flush=True)
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [*_ending_with_parent(), sys.executable, *command],
         env=os.environ | (environment or {}),
         stdin=subprocess.DEVNULL,
         process_group=0,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     try:
         code = process.wait(max(seconds, 0))
@@ -90,6 +88,10 @@ def _end(process: subprocess.Popen) -> None:
             raise
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _ending_with_parent() -> list[str]:
+    """Return what goes before a command that gets SIGTERM when its parent is killed.
+
+    The kernel sends it, at the command's own wish. Popen's preexec_fn could utter it as well, but
+    forks for that, which may deadlock where JAX has threads. Only Linux can, with util-linux.
+    """
+    return ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []

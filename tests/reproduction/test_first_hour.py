@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -219,6 +221,43 @@ def test_a_command_that_is_out_of_time_is_asked_to_stop_once(tmp_path, monkeypat
     assert (tmp_path / "log").read_text() == "ready asked " + "saved" * (not ignores)
     with pytest.raises(LedgerError, match="ended with code 3"):
         processes.call(["-c", "raise SystemExit(3)"], 30)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="Linux' util-linux is not here")
+def test_a_command_ends_when_its_parent_is_killed(tmp_path):
+    """A kill leaves the parent no time to say so: the kernel does."""
+    log = tmp_path / "log"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"log = pathlib.Path({str(log)!r})\n"
+        "def stop(number, frame): log.write_text('saved'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "log.write_text('ready')\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from ddpm_jax.reproduction import processes\n"
+            "processes.call(['-c', sys.argv[1]], 60)",
+            child,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    _wait_for(log, "ready")
+    parent.kill()
+    parent.wait()
+    _wait_for(log, "saved")
+
+
+def _wait_for(log: Path, text: str) -> None:
+    """Return when a file has the text; fail after a minute."""
+    end = time.monotonic() + 60
+    while not log.exists() or log.read_text() != text:
+        assert time.monotonic() < end, f"{text} was not written"
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
