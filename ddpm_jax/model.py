@@ -42,7 +42,7 @@ def load(
 
     Args:
       what: the name of a network that ships ("digits", "faces", "fashion_mnist",
-        "cifar10_small"), a run directory, or a published checkpoint: a file, or a folder of diffusers.
+        "cifar10_small"), a run directory, or a published checkpoint: a file, or a diffusers folder.
       weights: "ema", "raw", or a decay of the run such as "0.9999".
       step: the checkpoint of a run, "best" for the lowest held-out loss; the newest by default.
       layout: the code base that wrote a published checkpoint, where its tensors leave that open.

@@ -1,4 +1,4 @@
-"""A temporary folder of the run's own, in which nothing but what pytest keeps may be left."""
+"""A temporary and a home folder of the run's own, in which nothing may be left."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+CACHES = {".cache", ".config"}  # what libraries keep, as matplotlib its list of fonts
+
 
 class Leftovers:
-    """A plugin that gives tests, and what they start, a temporary folder and looks at it at the end.
+    """A plugin that gives tests, and what they start, two folders and looks at them at the end.
 
     A run that passes leaves nothing behind. One that fails leaves the folder, with the tmp_path of
     its tests, and the last lines name it.
@@ -26,23 +28,27 @@ class Leftovers:
         self.folder = Path(tempfile.mkdtemp(prefix="ddpm_jax_tests_"))
         self.temporary = self.folder / "temporary"
         self.temporary.mkdir()
-        self.home = self._in_home()
+        self.home = self.folder / "home"
+        self.home.mkdir()
         self.left: list[str] = []
         self.passed = True
-        # Workers and subprocesses inherit both; the second is where pytest puts its tmp_path.
+        # Workers and subprocesses inherit them; the last is where pytest puts its tmp_path.
+        if enforced:  # other suites install packages, whose caches are in the user's home
+            os.environ["HOME"] = str(self.home)
         os.environ["TMPDIR"] = str(self.temporary)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(self.folder)
         tempfile.tempdir = None  # or this process would go on with what it found before
-
-    def _in_home(self) -> set[str]:
-        return {path.name for path in Path.home().iterdir()}
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         left = [path.name for path in self.temporary.iterdir()]
         # A manager of multiprocessing clears its own away when the interpreter ends, after this.
         names = {f"{name} in the temporary folder" for name in left if name[:5] != "pymp-"}
-        names |= {f"{name} in the home folder" for name in self._in_home() - self.home}
+        names |= {
+            f"{path.name} in the home folder"
+            for path in self.home.iterdir()
+            if path.name not in CACHES
+        }
         self.left = sorted(names)
         if self.left and self.enforced and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
