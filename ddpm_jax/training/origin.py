@@ -7,6 +7,7 @@ the other run no more.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass, replace
@@ -24,7 +25,13 @@ from ddpm_jax.errors import WorkdirError
 from ddpm_jax.files import read_json
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.workdir import check_free, load_workdir_config
-from ddpm_jax.training.state import TrainState, abstract_state, init_state, sampling_params
+from ddpm_jax.training.state import (
+    TrainState,
+    abstract_state,
+    ema_name,
+    init_state,
+    sampling_params,
+)
 
 # Orbax, behind runs.checkpoints, takes seconds to import: only reading a checkpoint imports it.
 
@@ -151,19 +158,20 @@ def start_from(origin: Origin, config: Config, devices: Devices) -> TrainState:
     """
     source = load_workdir_config(origin.run)
     like = devices.abstract_replicated(abstract_state(source))
+    average = f"ema.{ema_name(source.train.ema_decays[0])}"
     from ddpm_jax.runs.checkpoints import Checkpoints
 
     with Checkpoints.reading(origin.run) as checkpoints:
         try:
-            old = checkpoints.restore(like, origin.step)
+            old = checkpoints.restore(like, origin.step, (average,) if origin.averaged else None)
         except WorkdirError as error:
             remedy = f": from={origin.run}:{error.step} can" if error.step is not None else ""
             raise WorkdirError(f"from={origin.run}:{origin.step} cannot be read{remedy}") from error
-    old = jax.tree.map(lambda leaf: leaf.addressable_data(0), old)
+    local = functools.partial(jax.tree.map, lambda leaf: leaf.addressable_data(0))
     if origin.averaged:
-        params = jax.tree.map(jnp.copy, sampling_params(source, old))
+        params = jax.tree.map(jnp.copy, local(sampling_params(source, old)))
         return devices.replicate(init_state(config, params))
-    return devices.replicate(carry_over(source, old, config))
+    return devices.replicate(carry_over(source, local(old), config))
 
 
 def carry_over(source: Config, old: TrainState, config: Config) -> TrainState:
