@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ from ddpm_jax.weights.layouts.diffusers_config import layout_of, network_config,
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.999)  # of T: where eps is judged
 SIDES = ("ddpm_jax", "diffusers")
+# What the loop on PyTorch's side can train, by the names of a config's fields.
+COMPARABLE = {
+    "diffusion.prediction": "eps",
+    "loss.kind": "simple",
+    "loss.weighting": "none",
+    "loss.timestep_sampling": "uniform",
+    "optimizer.schedule": "constant",
+    "optimizer.weight_decay": 0.0,
+    "train.accumulation": 1,
+    "model.num_classes": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +77,14 @@ def compare(config: Config, options: ComparisonOptions) -> dict[str, Any]:
     Raises:
       ConfigError: PyTorch is not installed, or its side cannot train this config.
     """
+    for name, value in COMPARABLE.items():
+        if (found := attrgetter(name)(config)) != value:
+            raise ConfigError(
+                f"{name}={found}: the loop on PyTorch's side knows {value} only: "
+                f"--config.{name}={value}"
+            )
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
         raise ConfigError("PyTorch or diffusers is not installed: pip install 'ddpm_jax[torch]'")
-    if config.loss.kind != "simple" or config.train.accumulation != 1 or config.model.num_classes:
-        raise ConfigError(
-            "the loop on PyTorch's side knows L_simple without classes or accumulation: "
-            "take such a config"
-        )
     network_config(config), scheduler_config(config)  # ConfigError before anything is trained
     rows = [
         measure(dataclasses.replace(config, seed=seed), side, options)

@@ -193,7 +193,9 @@ def comparison_section(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("compare_*.json")):
         comparison = read_json(path)
-        data, train = comparison["config"]["data"], comparison["config"]["train"]
+        data, train, diffusion = (
+            comparison["config"][name] for name in ("data", "train", "diffusion")
+        )
         seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in comparison["runs"]}))
         lines = [
             [
@@ -207,8 +209,8 @@ def comparison_section(results: Path) -> str:
             for line in comparison["summary"]
         ]
         title = (
-            f"**{data['name']}**, {train['steps']:,} steps of {train['batch_size']} images, "
-            f"seeds {seeds}"
+            f"**{data['name']}**, {diffusion['prediction']}, {diffusion['schedule']} schedule, "
+            f"{train['steps']:,} steps of {train['batch_size']} images, seeds {seeds}"
         )
         head = ["", "ddpm_jax", "diffusers", "difference"]
         parts.append(f"{title}\n\n{markdown_table(head, lines)}\n")

@@ -157,6 +157,30 @@ def test_a_comparison_without_pytorch_is_refused(monkeypatch, tmp_path):
         quality.compare(tiny_config(), ComparisonOptions(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"diffusion": {"prediction": "v"}},
+        {"loss": {"weighting": "min_snr"}},
+        {"loss": {"kind": "vlb"}},
+        {"loss": {"timestep_sampling": "importance"}},
+        {"optimizer": {"schedule": "linear"}},
+        {"optimizer": {"weight_decay": 0.1}},
+        {"train": {"accumulation": 2}},
+        {"model": {"num_classes": 10}},
+    ],
+    ids=str,
+)
+def test_a_config_that_the_other_side_would_train_otherwise_is_refused(tmp_path, sections):
+    """Each of them would be left out on that side without a word, and both be called the same."""
+    ((section, fields),) = sections.items()
+    ((field, value),) = fields.items()
+    message = f"{section}.{field}={value}: the loop on PyTorch's side knows .* only: --config"
+    with pytest.raises(ConfigError, match=message):
+        quality.compare(tiny_config(**sections), ComparisonOptions(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_everything_is_measured_and_written(tmp_path, capsys):
     source = tmp_path / "config.json"
