@@ -108,9 +108,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Closing waits for the saves under way, and would raise the same failure again.
-        if not self._failed:
+        if self._failed:
+            return
+        # A disk that is full for another file is for these too: what failed first is the cause.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             self._manager.close()
             if self._writable:
                 self._tidy(REMOVED)

@@ -271,6 +271,21 @@ def test_a_full_disk_is_told_before_anything_is_written(workdir, monkeypatch):
         assert checkpoints.steps() == [10, 20, 30]
 
 
+def test_what_failed_first_is_told_where_a_save_fails_too(workdir, monkeypatch):
+    """A full disk is full for the metrics and for the checkpoint that is being written."""
+    with pytest.raises(OSError, match="metrics"), Checkpoints(workdir) as checkpoints:
+        close = checkpoints._manager.close
+        monkeypatch.setattr(
+            checkpoints._manager,
+            "close",
+            lambda: close() or [][0],  # IndexError
+        )
+        raise OSError("metrics")
+    with pytest.raises(IndexError), Checkpoints(workdir) as checkpoints:
+        close = checkpoints._manager.close
+        monkeypatch.setattr(checkpoints._manager, "close", lambda: close() or [][0])
+
+
 def test_a_deleted_folder_is_not_a_full_disk(tmp_path):
     with Checkpoints(tmp_path / "run") as checkpoints:
         shutil.rmtree(tmp_path / "run")
