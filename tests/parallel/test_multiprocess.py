@@ -341,7 +341,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_ctrl_c_in_sampling_and_evaluation_leaves_no_host_waiting(
     one, tmp_path, command, interrupted
 ):
-    """Whether a launcher hands it to all or one host alone gets it: both end, and soon."""
+    """Whether a launcher hands it to all or one host alone gets it: both end, and soon.
+
+    Where both get it, the first to end may break the collective in which the other still is.
+    """
     work = {
         "sample": ["--num_images=100000", "--batch_size=8", f"--output={tmp_path / 'x.npz'}"],
         "evaluate": [
@@ -370,13 +373,12 @@ def test_ctrl_c_in_sampling_and_evaluation_leaves_no_host_waiting(
         for host in (0, 1)
     ]
     begin = time.monotonic()
-    for host, ended in enumerate(end(processes)):
-        code, _, said = ended
-        if host in interrupted:
-            assert code == 130 and "Traceback" not in said, (code, said[-2000:])
-        else:
+    both = end(processes)
+    assert any(both[host][0] == 130 for host in interrupted), both
+    for host, ended in enumerate(both):
+        if host not in interrupted or ended[0] != 130:
             assert_lost(ended)
-            assert "Traceback" not in said
+        assert "Traceback" not in ended[2]
     print(f"both ended {time.monotonic() - begin:.0f} s after their start")
     assert not (tmp_path / "x.npz").exists()  # nothing that looks finished
 
