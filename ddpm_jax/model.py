@@ -169,6 +169,7 @@ class Model:
         seed: int = 0,
         sampler: str | None = None,
         steps: int | None = None,
+        spacing: str | None = None,
         eta: float | None = None,
         order: int | None = None,
         labels: Labels = None,
@@ -181,6 +182,7 @@ class Model:
         Args:
           sampler: "ancestral", "ddim", "unipc" or another; the config's by default, as all.
           steps: of the chain; 0 is all T.
+          spacing: of fewer steps than T: "linspace", "trailing", "logsnr" or another.
           eta: of ddim, 0 to 1.
           order: of deis and unipc, 2 or 3.
           labels: a class, or several that are taken in turn, by number or by the name that the run
@@ -196,7 +198,8 @@ class Model:
         check(0 <= seed < 2**32, f"seed={seed}: must be in 0..2^32-1")
         check(guidance == 1 or labels is not None, f"guidance={guidance}: give labels")
         labels = self._labels(labels, n)
-        changes = (("sampler", sampler), ("steps", steps), ("eta", eta), ("order", order))
+        names = ("sampler", "steps", "spacing", "eta", "order")
+        changes = tuple(zip(names, (sampler, steps, spacing, eta, order)))
         generator = self._generator(min(batch_size, n), changes, guidance, progress=progress)
         inputs = {"seed": seed, "indices": np.arange(n), "labels": labels}
         return to_uint8(generator.draw(self._trained.params, **inputs))

@@ -119,14 +119,17 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_samples_are_those_of_the_command(run, tiny, tmp_path):
     flags = [f"--workdir={run}", "--num_images=5", "--seed=3", "--sampler=ddim", "--steps=4"]
-    flags += ["--eta=0.5", "--label=1,7", "--guidance=2", f"--output={tmp_path / 'x.npz'}"]
+    flags += ["--spacing=trailing", "--eta=0.5", "--label=1,7", "--guidance=2"]
+    flags += [f"--output={tmp_path / 'x.npz'}"]
     sample.main(flags)
     with np.load(tmp_path / "x.npz") as file:
         expected = file["arr_0"]
-    options = {"sampler": "ddim", "steps": 4, "eta": 0.5, "labels": [1, 7], "guidance": 2}
+    options = {"sampler": "ddim", "steps": 4, "spacing": "trailing", "eta": 0.5}
+    options |= {"labels": [1, 7], "guidance": 2}
     samples = tiny.sample(5, seed=3, **options)
     assert samples.dtype == np.uint8
     np.testing.assert_array_equal(samples, expected)
+    assert not np.array_equal(samples, tiny.sample(5, seed=3, **options | {"spacing": None}))
     assert tiny.sample(1, 0, "ddim", 2, labels=3).shape == (1, 8, 8, 1)
 
 
