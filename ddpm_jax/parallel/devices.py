@@ -67,6 +67,7 @@ def by_shard_map(
         result = function(same, jax.tree.map(lambda x: x[0], rows))
         return result if out is None else jax.tree.map(lambda x: x[None], result)
 
+    # With check_vma a gradient would be the sum over all devices: the step has pmean for that.
     return jax.jit(
         jax.shard_map(on_one_device, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False),
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in ins),
