@@ -1,7 +1,7 @@
 """Lower the programs of a run for devices that may be absent: the arguments are shapes.
 
 They are the step of `training.step.build_train_step`, the chain of `sampling.generate.Generator`
-and the terms of the bound of `evaluation.nll`, mapped over the devices by the same `jax.pmap` of
+and the terms of the bound of `evaluation.nll`, mapped over the devices by the `jax.pmap` of
 `parallel.devices.Devices` that maps them on a machine.
 """
 

@@ -25,7 +25,7 @@ def format_table(files: Iterable[dict[str, Any]]) -> str:
     """
     rows: dict[Any, list[tuple[str, ...]]] = {tpu: [], gpu: []}
     for file in files:
-        config = file["config"].split("/")[-1].removesuffix(".py")
+        config = file["config"].split("/")[-1].replace(".py", "")
         for report in (file[what] for what in PROGRAMS if what in file):
             machine = _machine(report)
             rows[machine].append(machine.row(config, report))

@@ -1,8 +1,8 @@
 """Place arrays on devices and map functions over them; no other file names devices.
 
 State is replicated and un-stacked: one logical array a leaf, without a leading device axis.
-Batches are stacked: [local devices, examples each, ...], host by host, device by device, so that
-row i of the concatenation is example i of the global batch.
+Batches are stacked: [devices, examples each, ...], host by host, device by device, so that row i
+of the concatenation is example i of the global batch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,49 @@ def why_none() -> str | None:
     return None
 
 
+def by_pmap(
+    function: Callable[..., Any], devices: Sequence[jax.Device], *, out: int | None, donate: bool
+) -> Callable[..., Any]:
+    """Map `function(replicated, rows)` over devices, all of them of this host.
+
+    Args:
+      out: 0 for a stacked result, None for one that is the same on every device.
+      donate: whether the replicated argument gives its memory to the result.
+
+    Returns:
+      `f(replicated, stacked) -> result`, compiled at its first call.
+    """
+    donated = (0,) if donate else ()
+    return jax.pmap(
+        function, AXIS, in_axes=(None, 0), out_axes=out, devices=devices, donate_argnums=donated
+    )
+
+
+def by_shard_map(
+    function: Callable[..., Any], devices: Sequence[jax.Device], *, out: int | None, donate: bool
+) -> Callable[..., Any]:
+    """Map as `by_pmap` does, over devices of any hosts: arrays are those of all of them.
+
+    It is what pmap is made of, and the same program. But on several hosts pmap wraps every leaf
+    anew, on its way in and on its way out, in Python: docs/performance.md has what that costs.
+    """
+    mesh = Mesh(np.array(devices), (AXIS,))
+    replicated, stacked = PartitionSpec(), PartitionSpec(AXIS)
+    ins, outs = (replicated, stacked), replicated if out is None else stacked
+
+    def on_one_device(same: Any, rows: Any) -> Any:
+        result = function(same, jax.tree.map(lambda x: x[0], rows))
+        return result if out is None else jax.tree.map(lambda x: x[None], result)
+
+    # With check_vma a gradient would be the sum over all devices: the step has pmean for that.
+    return jax.jit(
+        jax.shard_map(on_one_device, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in ins),
+        out_shardings=NamedSharding(mesh, outs),
+        donate_argnums=(0,) if donate else (),
+    )
+
+
 class Devices:
     """The devices of a run, on this host and on the others.
 
@@ -56,13 +99,13 @@ class Devices:
         self.local = tuple(
             device for device in self.devices if device.process_index == jax.process_index()
         )
-        self._replicated = NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec())
-        local = Mesh(np.array(self.local), (AXIS,))
-        self._split, self._replicated_here = (
-            NamedSharding(local, spec) for spec in (PartitionSpec(AXIS), PartitionSpec())
-        )
-        self._largest = jax.pmap(
-            lambda x: jax.lax.pmax(x, AXIS), AXIS, out_axes=None, devices=self.devices
+        mesh, local = (Mesh(np.array(some), (AXIS,)) for some in (self.devices, self.local))
+        self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._replicated_here = NamedSharding(local, PartitionSpec())
+        self._map = by_pmap if jax.process_count() == 1 else by_shard_map
+        self._largest = self._map(
+            lambda _, x: jax.lax.pmax(x[0], AXIS), self.devices, out=None, donate=False
         )
 
     @property
@@ -104,26 +147,13 @@ class Devices:
           A tree of one logical array a leaf, without a device axis, which `map_step` takes as its
           state and may donate.
         """
-        return self.as_global(jax.device_put(tree, self._replicated_here))
-
-    def as_global(self, tree: Any) -> Any:
-        """Join replicated leaves to arrays of all hosts' devices, without a copy.
-
-        Checkpoints are written from these: on several hosts pmap hands back arrays of this host's
-        devices only, which Orbax refuses. The buffers are shared: whoever donates one of the two
-        has donated both. On one host it returns `tree` itself.
-        """
-        if jax.process_count() == 1:
-            return tree
 
         def join(x: jax.Array) -> jax.Array:
-            if not x.is_fully_addressable:
-                return x
-            return jax.make_array_from_single_device_arrays(
-                x.shape, self._replicated, [s.data for s in x.addressable_shards]
-            )
+            here = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, self._replicated, here)
 
-        return jax.tree.map(join, tree)
+        # JAX would compare the values of all hosts before it put them on devices of others.
+        return jax.tree.map(join, jax.device_put(tree, self._replicated_here))
 
     def abstract_replicated(self, tree: Any) -> Any:
         """Return the shapes and types of `tree` with the placement of `replicate`.
@@ -153,20 +183,21 @@ class Devices:
         n is divisible by the number of local devices.
 
         Returns:
-          Arrays [local devices, n / local devices, ...], each row of the first axis on its device,
-          as `map_step` and `map_batch` take them.
+          Arrays [devices, n / local devices, ...], each row of the first axis on its device, as
+          `map_step` and `map_batch` take them.
         """
 
         def stack(rows: np.ndarray) -> jax.Array:
-            return jax.device_put(rows.reshape(len(self.local), -1, *rows.shape[1:]), self._split)
+            stacked = rows.reshape(len(self.local), -1, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(self._split, stacked)
 
         return jax.tree.map(stack, batch)
 
     def map_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Map a training step over all devices.
 
-        out_axes=None says "the same on every device" and pmap takes our word for it: the step must
-        average whatever it returns over `axis_name`, as the tests check shard by shard.
+        JAX takes our word that the result is the same on every device: the step must average
+        whatever it returns over `axis_name`, as the tests check shard by shard.
 
         Args:
           step: `step(state, batch, axis_name=...) -> (state, metrics)`, for one device's share.
@@ -177,14 +208,7 @@ class Devices:
           together.
         """
         mapped = functools.partial(step, axis_name=AXIS)
-        return jax.pmap(
-            mapped,
-            AXIS,
-            in_axes=(None, 0),
-            out_axes=(None, None),
-            devices=self.devices,
-            donate_argnums=(0,),
-        )
+        return self._map(mapped, self.devices, out=None, donate=True)
 
     def map_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Map a function of parameters and batch over all devices, without exchange between them.
@@ -196,7 +220,7 @@ class Devices:
           `f(params, batch) -> rows`, compiled at its first call. Parameters are replicated, the
           batch is of `place`, and the rows come back stacked as the batch is: see `rows`.
         """
-        return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=0, devices=self.devices)
+        return self._map(function, self.devices, out=0, donate=False)
 
     def rows(self, stacked: Any) -> Any:
         """Gather a stacked result as NumPy rows [n, ...] of the whole global batch.
@@ -204,10 +228,9 @@ class Devices:
         All hosts call it together, and each gets all rows, once, in the order of the batch.
         """
         hosts.meeting("rows")
-        flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stacked)
-        return (
-            multihost_utils.process_allgather(flat, tiled=True) if jax.process_count() > 1 else flat
-        )
+        if jax.process_count() > 1:
+            stacked = multihost_utils.process_allgather(stacked, tiled=True)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stacked)
 
     def largest(self, value: int) -> Any:
         """Start finding the largest `value` of all hosts; all of them call it together.
@@ -219,7 +242,7 @@ class Devices:
         hosts.meeting("largest")
         if jax.process_count() == 1:
             return value
-        return self._largest(np.full(len(self.local), value, np.int32))
+        return self._largest(None, self.place(np.full(len(self.local), value, np.int32)))
 
     def meet(self) -> None:
         """Connect all devices of all hosts, while the hosts are in step.

@@ -186,7 +186,7 @@ def train(
                 # A record that cannot be read. The other hosts wait in the step, so that only a run
                 # of one host can save what it has.
                 if done - 1 > max(checkpoints.steps(), default=start) and jax.process_count() == 1:
-                    checkpoints.save(done - 1, devices.as_global(form.unpack(state)))
+                    checkpoints.save(done - 1, form.unpack(state))
                     checkpoints.wait()
                 raise
             if done == start + 1:
@@ -204,7 +204,7 @@ def train(
                 writer.write_scalars(done, {"held_out_loss": measured})
                 log.note(f"step {done:,}: held-out loss {measured:.4g}")
             if last or done % config.train.checkpoint_every == 0:
-                checkpoints.save(done, devices.as_global(form.unpack(state)), measured)
+                checkpoints.save(done, form.unpack(state), measured)
             # After the save: whatever goes wrong with a picture, the step is kept.
             if grids and (end or done % config.train.sample_every == 0):
                 grids(done, form.tree(sampling_params(config, state)))
@@ -245,7 +245,7 @@ def restore_or_init(
         # As the first host has it: a shared disk may show the others an older state of itself.
         step = int(hosts.from_main(np.array(max(checkpoints.steps(), default=-1))))
         if step == -1 and first is not None:
-            checkpoints.save(0, devices.as_global(first))
+            checkpoints.save(0, first)
             return first
         if step == -1:
             return devices.replicate(init_state(config, network=network))

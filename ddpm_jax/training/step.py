@@ -131,8 +131,8 @@ def build_train_step(
             outputs, gradient = accumulate(gradient_of, rows, state.params)
         means = outputs["means"]
         if axis_name:
-            # The only place where devices meet. Under pmap the gradient is this device's own, so
-            # the mean is due here.
+            # The only place where devices meet. Mapped, the gradient is this device's own, so the
+            # mean is due here.
             gradient, means = jax.lax.pmean((gradient, means), axis_name)
 
         gradient_norm = optax.tree.norm(gradient)

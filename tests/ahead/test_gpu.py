@@ -353,6 +353,8 @@ def test_the_table_keeps_gpus_and_tpus_apart():
     assert train["config"] == "cifar10, train" and train["launches a step"] == "3,600"
     assert train["forward / filter / input gradient"] == "52 / 51 / -"
     assert train["all-reduce, MB"] == "143.0 in 5"
+    variant = format_table([ours | {"config": "configs/improved_ddpm.py:4k_cosine_vlb"}])
+    assert "| improved_ddpm:4k_cosine_vlb, train |" in variant
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.parallel.devices import AXIS, Devices, by_pmap, by_shard_map
+from ddpm_jax.training.state import init_state
+from ddpm_jax.training.step import build_train_step
+from tests.support.processes import assert_bit_equal
+from tests.support.tiny import images, tiny_config
 
 
 @pytest.mark.parametrize("first, count", [(0, 2), (2, 4), (6, 2), (0, 8)])
@@ -18,11 +24,34 @@ def test_a_host_takes_the_rows_of_its_own_devices(first: int, count: int) -> Non
     np.testing.assert_array_equal(rows, np.arange(3 * first, 3 * (first + count)))
 
 
-def test_each_device_has_its_rows_and_they_come_back_in_order() -> None:
+@pytest.mark.parametrize("way", [by_pmap, by_shard_map])
+def test_each_device_has_its_rows_and_they_come_back_in_order(way) -> None:
     devices = Devices(jax.devices()[:4])
     placed = devices.place({"x": np.arange(12)})["x"]
     assert placed.shape == (4, 3)
     for device, shard in zip(devices.devices, placed.addressable_shards):
         assert shard.device == device
-    doubled = devices.map_batch(lambda factor, batch: factor * batch["x"])(2, {"x": placed})
+    mapped = way(lambda by, batch: by * batch["x"], devices.devices, out=0, donate=False)
+    doubled = mapped(2, {"x": placed})
+    assert doubled.shape == (4, 3)
     np.testing.assert_array_equal(devices.rows(doubled), 2 * np.arange(12))
+
+
+def test_several_hosts_take_the_very_steps_of_one() -> None:
+    """They map in another way: the same bits on every device, and the old state is given up."""
+    config = tiny_config()
+    devices, step = Devices(jax.devices()[:2]), build_train_step(config)
+    several = by_shard_map(
+        functools.partial(step, axis_name=AXIS), devices.devices, out=None, donate=True
+    )
+    ends = []
+    for mapped in (devices.map_step(step), several):
+        state = devices.replicate(init_state(config))
+        for number in range(3):
+            before = jax.tree.leaves(state)
+            state, metrics = mapped(state, devices.place({"image": images(config, 16, number)}))
+            assert all(leaf.is_deleted() for leaf in before)
+        ends.append((state, metrics))
+    assert_bit_equal(*ends)
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        assert_bit_equal(*([shard.data for shard in x.addressable_shards] for x in (one, other)))
