@@ -229,6 +229,9 @@ class Devices:
         """
         hosts.meeting("rows")
         if jax.process_count() > 1:
+            # Ctrl-C waits for what JAX waits for: let that be this host's own work, not the others,
+            # who may have had it before and be gone.
+            jax.block_until_ready(stacked)
             stacked = multihost_utils.process_allgather(stacked, tiled=True)
         return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stacked)
 
