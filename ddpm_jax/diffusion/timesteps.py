@@ -67,15 +67,20 @@ def importance_timesteps(keys: jax.Array, history: LossHistory) -> tuple[jax.Arr
 
 
 def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> LossHistory:
-    """Add losses float32 [b] at t int [b], one by one in the order of the global batch."""
+    """Add losses float32 [b] at t int [b], as if one by one in the order of the global batch.
 
-    def push(history: LossHistory, entry: tuple[jax.Array, jax.Array]) -> tuple[LossHistory, None]:
-        at, loss = entry
-        row, count = history.losses[at], history.counts[at]
-        shifted = jnp.append(row[1:], loss)
-        filled = row.at[jnp.minimum(count, HISTORY - 1)].set(loss)
-        row = jnp.where(count < HISTORY, filled, shifted)
-        counts = history.counts.at[at].set(jnp.minimum(count + 1, HISTORY))
-        return LossHistory(history.losses.at[at].set(row), counts), None
-
-    return jax.lax.scan(push, history, (t, losses))[0]
+    All are moved at once: a loop over the batch costs a GPU six launches an example.
+    """
+    added = jnp.zeros_like(history.counts).at[t].add(1)
+    dropped = jnp.maximum(history.counts + added - HISTORY, 0)  # the oldest, to make room
+    places = jnp.arange(HISTORY)[None] + dropped[:, None]
+    kept = jnp.take_along_axis(history.losses, jnp.minimum(places, HISTORY - 1), axis=1)
+    same = t[:, None] == t[None]
+    rank = jnp.sum(jnp.tril(same, -1), axis=1)  # among those of its t
+    place = history.counts[t] + rank - dropped[t]
+    # Those that its own batch pushes out again go past the end, which drops them.
+    place = jnp.where(place < 0, HISTORY, place)
+    return LossHistory(
+        kept.at[t, place].set(losses, mode="drop"),
+        jnp.minimum(history.counts + added, HISTORY),
+    )

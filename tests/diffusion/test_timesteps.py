@@ -10,6 +10,7 @@ from collections import deque
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 
 from ddpm_jax.diffusion.timesteps import (
@@ -106,15 +107,19 @@ def test_importance_draws_have_less_variance_than_uniform_ones() -> None:
     assert by_importance.std() < 0.5 * uniform.std()
 
 
-def test_history_equals_a_deque_for_each_timestep() -> None:
-    """Several losses of one timestep in one batch are pushed one after the other."""
+@pytest.mark.parametrize("batch", [16, 40])
+def test_history_equals_a_deque_for_each_timestep(batch: int) -> None:
+    """Several losses of one timestep in one batch are pushed one after the other.
+
+    Of more than the history holds, a batch leaves its last.
+    """
     random = np.random.default_rng(2)
     record, history = jax.jit(record_losses), empty_history(T)
     queues = [deque(maxlen=HISTORY) for _ in range(T)]
     for _ in range(12):
         t, losses = (
-            random.choice(T, 16, p=[0.4, 0.3, 0.15, 0.1, 0.05, 0]),
-            random.uniform(size=16).astype(np.float32),
+            random.choice(T, batch, p=[0.4, 0.3, 0.15, 0.135, 0.015, 0]),
+            random.uniform(size=batch).astype(np.float32),
         )
         history = record(history, jnp.asarray(t, jnp.int32), jnp.asarray(losses))
         for at, loss in zip(t, losses):
