@@ -1,7 +1,7 @@
 """Fashion-MNIST at 32x32, a small network: a set that is neither toy nor hours away.
 
 Command:   ddpm prepare-data --dataset=fashion_mnist --data_dir=data
-           ddpm train --config=fashion_mnist --workdir=runs/fashion_mnist
+           ddpm train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 Hardware:  two CPU cores, about an hour; seconds to minutes on a GPU
 Expect:    shirts, shoes and bags one can name; the figures measured are in the README
 Source:    no paper; the paper's network in small, its 28x28 images padded to 32x32. Schedule,

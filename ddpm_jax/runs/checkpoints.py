@@ -110,13 +110,12 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Closing waits for the saves under way, and would raise the same failure again.
-        if self._failed:
-            return
-        # A disk that is full for another file is for these too: what failed first is the cause.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
-            self._manager.close()
-            if self._writable:
-                self._tidy(REMOVED)
+        if not self._failed:
+            # A disk that is full for another file is for these too: the first failure is the cause.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+                self._manager.close()
+                if self._writable:
+                    self._tidy(REMOVED)
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, rising."""
@@ -270,11 +269,9 @@ class Checkpoints:
                 ) from error
             before = (other for other in reversed(steps) if other < step)
             whole = next((other for other in before if self._is_whole(like, other, parts)), None)
-            remedy = (
-                "no other before it can be read"
-                if whole is None
-                else f"go on from the one before with step={whole}"
-            )
+            remedy = "no other before it can be read"
+            if whole is not None:
+                remedy = f"go on from the one before with step={whole}"
             damaged = WorkdirError(
                 f"checkpoint {step} in {self.folder} cannot be read ({reason(error)}); {remedy}"
             )
