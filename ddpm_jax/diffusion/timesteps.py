@@ -78,7 +78,8 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     same = t[:, None] == t[None]
     rank = jnp.sum(jnp.tril(same, -1), axis=1)  # among those of its t
     place = history.counts[t] + rank - dropped[t]
-    # Those that its own batch pushes out again go past the end, which drops them.
+    # Those that its own batch pushes out again go past the end, which drops them. A negative place
+    # would count from the end, and two writes to one place have no order on a GPU.
     place = jnp.where(place < 0, HISTORY, place)
     return LossHistory(
         kept.at[t, place].set(losses, mode="drop"),
