@@ -93,32 +93,19 @@ if PICTURES is None:
 PICTURES = shlex.quote(str(PICTURES))
 
 # %% [markdown]
-# ## Prepare it
-#
-# The pictures are cropped, shrunk and written once, with a part that is held out. A run then
-# reads in no time, and what it trains on stays fixed.
-
-# %%
-command(
-    f"prepare-data --dataset=folder --source={PICTURES} --data_dir=WORK/data --name=mine "
-    "--crop=center --image_size=16"
-)
-
-# %% [markdown]
 # ## Train
 #
-# A config that ships is the start, and each field can be set. At 16 pixels two levels are enough;
-# for 64 pixels take `celeba64` and a GPU. The same command again goes on where the run was, also
-# after a crash.
+# Nothing has to be prepared. What suits the pictures and the machine is chosen, said and written to
+# the run's config.json, with a part of the pictures held out; each field can be set. The same
+# command again goes on where the run was, also after a crash.
 
 # %%
 network = "--config.model.base_channels=16 --config.model.attention_resolutions=(8,)"
 if QUICK:
     network = "--config.model.base_channels=8 --config.model.attention_resolutions=() "
     network += "--config.model.channel_mult=(1,) --config.model.blocks_per_level=1"
-data = "--config.data.name=mine --config.data.image_size=16 --config.data.channels=3"
-more = f"--config.train.steps={STEPS} --config.train.batch_size=32 --config.train.eval_images=8"
-command(f"train --config=digits --workdir=WORK/run --data_dir=WORK/data {data} {network} {more}")
+fields = f"--config.train.steps={STEPS} --config.optimizer.warmup_steps=50"
+command(f"train --images={PICTURES} --workdir=WORK/run --image_size=16 {network} {fields}")
 
 # %%
 command("plot-metrics --workdir=WORK/run --output=WORK/curves.png")
@@ -135,7 +122,7 @@ plt.show()
 # %%
 model = ddpm.load(WORK / "run")
 images = model.sample(32, seed=0, sampler="ddim", steps=DDIM)
-real = ddpm.load_source(model.config.data, WORK / "data", "train").read(np.arange(16))["image"]
+real = ddpm.load_source(model.config.data, WORK, "train").read(np.arange(16))["image"]
 both = ddpm.grid(np.concatenate([real, images]), 16, scale=2)
 show(both, "a row of yours, two rows of samples")
 
@@ -149,15 +136,12 @@ show(both, "a row of yours, two rows of samples")
 # %%
 draws = f"--sampler=ddim --steps={DDIM}"
 command(
-    f"sample --workdir=WORK/run --data_dir=WORK/data --mode=neighbours --num_images=4 {draws} "
+    f"sample --workdir=WORK/run --mode=neighbours --num_images=4 {draws} "
     "--columns=6 --scale=2 --output=WORK/neighbours.png"
 )
 show(load_png(WORK / "neighbours.png"), "samples, and what is nearest to each")
 count = 12 if QUICK else 64
-command(
-    f"evaluate --workdir=WORK/run --data_dir=WORK/data --metrics=pixels,audit {draws} "
-    f"--num_images={count}"
-)
+command(f"evaluate --workdir=WORK/run --metrics=pixels,audit {draws} --num_images={count}")
 
 # %% [markdown]
 # ## FID
@@ -174,25 +158,24 @@ if inception is None:
 else:
     features = "--features=768" if "768" in inception else ""
     command(
-        f"evaluate --workdir=WORK/run --data_dir=WORK/data --metrics=fid {draws} {features} "
+        f"evaluate --workdir=WORK/run --metrics=fid {draws} {features} "
         f"--inception={shlex.quote(inception)} --num_images={count} --cache=WORK/cache"
     )
 
 # %% [markdown]
 # ## Another learning rate, from where it is
 #
-# The recipe of a run is fixed, so that its result has one. To change it, take the weights out and
-# in again: a new run begins with them, with a fresh optimiser and the settings that are named.
+# The recipe of a run is fixed, so that its result has one. To change it, begin a new run from the
+# old one: from its weights, averages and optimiser, with the fields that are named. Here the
+# learning rate sinks to nothing, which takes the noise out of the weights.
 
 # %%
-command("export-weights --workdir=WORK/run --layout=diffusers --output=WORK/exported")
 more = STEPS // 4 or 1
 command(
-    "import-weights --layout=diffusers --input=WORK/exported --workdir=WORK/slower "
-    "--config=WORK/run/config.json --config.optimizer.learning_rate=2e-4 "
+    "train --from=WORK/run --config=WORK/run/config.json --workdir=WORK/slower "
+    "--config.optimizer.warmup_steps=0 --config.optimizer.schedule=linear "
     f"--config.train.steps={more}"
 )
-command("train --config=WORK/slower/config.json --workdir=WORK/slower --data_dir=WORK/data")
 again = ddpm.load(WORK / "slower").sample(32, seed=0, sampler="ddim", steps=DDIM)
 show(ddpm.grid(np.concatenate([images, again]), 16, scale=2), "before, and after slower steps")
 
@@ -204,7 +187,7 @@ show(ddpm.grid(np.concatenate([images, again]), 16, scale=2), "before, and after
 
 # %%
 (WORK / "grey").mkdir()
-for row, image in enumerate(ddpm.load_source(model.config.data, WORK / "data", "train").images):
+for row, image in enumerate(ddpm.load_source(model.config.data, WORK, "train").images):
     Image.fromarray(image).convert("L").save(WORK / "grey" / f"{row:05d}.png")
 command(
     "prepare-data --dataset=folder --source=WORK/grey --data_dir=WORK/data --name=small "

@@ -43,8 +43,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A shell's background job, which the tests may be, ignores SIGINT, and so would what it starts.
+# A shell's background job ignores SIGINT, one under nohup SIGHUP, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 programs = Programs()
 programs.install()

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ddpm_jax.errors import WorkdirError
+from ddpm_jax.files import read_json
 from ddpm_jax.parallel import hosts
 from ddpm_jax.runs.parts import describe_content, read_parts
 from ddpm_jax.runs.storage import (
@@ -280,7 +281,7 @@ class Checkpoints:
 
     def sha256(self, step: int) -> str | None:
         """Return the hash of checkpoint `step`; None if an early version wrote it, or damaged."""
-        with contextlib.suppress(Exception):  # damaged, in Orbax's many words
+        with contextlib.suppress(Exception):
             return self._about(step).get("sha256")
 
     def _listing(self) -> str:
@@ -289,14 +290,13 @@ class Checkpoints:
     def _read(self, like: Any, step: int, parts: Collection[str] | None) -> Any:
         return read_parts(self._manager, step, like, self._about(step), parts)
 
-    def _about(self, step: int) -> dict[str, Any]:
-        return self._manager.metadata(step).custom_metadata or {}
+    def _about(self, step: int) -> dict[str, Any]:  # by Orbax's own way all arrays are looked into
+        return read_json(self.folder / f"{step}/_CHECKPOINT_METADATA").get("custom_metadata") or {}
 
     def _saved_losses(self) -> dict[int, float]:
         losses = {}
         for step in self.steps():
-            # A damaged one, in Orbax's many words, is not the best.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # one that is damaged is not the best
                 losses[step] = self._about(step)[HELD_OUT]
         return losses
 

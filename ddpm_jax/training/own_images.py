@@ -18,6 +18,8 @@ from PIL import Image
 from ddpm_jax.config import (
     Config,
     DataConfig,
+    DiffusionConfig,
+    LossConfig,
     OptimizerConfig,
     TrainConfig,
     UNetConfig,
@@ -100,6 +102,8 @@ def choose_config(
     config = Config(
         data=data,
         model=choose_network(data.image_size, fast, len(classes)),
+        diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
+        loss=LossConfig(weighting="min_snr"),
         optimizer=OptimizerConfig(
             learning_rate=2e-4 if fast else 1e-3, warmup_steps=5000 if fast else 500
         ),
@@ -250,6 +254,9 @@ def _explain(config: Config, fast: bool, held_out: int) -> list[Choice]:
     mults = ",".join(map(str, model.channel_mult))
     return [
         Choice("data.in_memory", str(config.data.in_memory).lower(), "decoded once, into RAM"),
+        Choice("diffusion.schedule", config.diffusion.schedule, "draws sooner than linear would"),
+        Choice("diffusion.prediction", config.diffusion.prediction, "sooner than eps, the paper's"),
+        Choice("loss.weighting", config.loss.weighting, "goes with it; the paper's is none"),
         Choice("model.base_channels", str(model.base_channels), f"for {where}: the width"),
         Choice("model.channel_mult", f"({mults})", "times the width, level by level"),
         Choice("train.batch_size", str(train.batch_size), "images a step"),

@@ -1,0 +1,84 @@
+"""Compare samplers by the FID of their samples over the number of steps: a table and a plot.
+
+    python examples/fid_by_steps.py runs/faces --output=fid.png --students runs/faces_4
+
+Every number is a line of evaluations.jsonl in its run; what was measured of the newest step is not
+measured again. Students (`ddpm distill`) are drawn in their own steps.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from ddpm_jax.evaluation.jobs import evaluate
+from ddpm_jax.evaluation.options import EvaluationOptions
+from ddpm_jax.evaluation.quality import full_name
+
+SAMPLERS = {
+    "ancestral": {"sampler": "ancestral"},
+    "ddim": {"sampler": "ddim"},
+    "dpmpp_2m_sde, trailing": {"sampler": "dpmpp_2m_sde", "spacing": "trailing"},
+    "dpmpp_2m, trailing": {"sampler": "dpmpp_2m", "spacing": "trailing"},
+    "deis, trailing": {"sampler": "deis", "spacing": "trailing"},
+    "deis 3, trailing": {"sampler": "deis", "order": 3, "spacing": "trailing"},
+    "unipc, trailing": {"sampler": "unipc", "spacing": "trailing"},
+    "unipc, logsnr": {"sampler": "unipc", "spacing": "logsnr"},
+    "unipc 3, logsnr": {"sampler": "unipc", "order": 3, "spacing": "logsnr"},
+}
+
+
+def fid(run, options, **sampling):
+    """Return the FID of `run` with these fields of the sampler, measured or looked up."""
+    path = Path(run, "evaluations.jsonl")
+    wanted = {"step": max(int(folder.name) for folder in Path(run, "checkpoints").glob("[0-9]*"))}
+    wanted |= {"metric": full_name("FID", options["features"]), "num_images": options["num_images"]}
+    for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        drawn = record.get("samples", {}).get("sampling", {})
+        chosen = {"order": 0, "spacing": "linspace"} | sampling
+        if chosen.items() <= drawn.items() and wanted.items() <= record.items():
+            return record["value"]
+    measure = EvaluationOptions(metrics=("fid",), workdir=Path(run), **options, **sampling)
+    return evaluate(measure)[0]["value"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--students", nargs="*", default=[], help="runs of ddpm distill")
+    parser.add_argument("--steps", default="5,8,10,15,20,50")
+    parser.add_argument("--samplers", nargs="*", default=list(SAMPLERS), choices=list(SAMPLERS))
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--reference_images", type=int)
+    parser.add_argument("--features", default="2048")
+    parser.add_argument("--inception", type=Path, help="a file of weights")
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--output", default="fid_by_steps.png")
+    options = vars(parser.parse_args())
+    run, students, output = (options.pop(name) for name in ("run", "students", "output"))
+    counts = [int(count) for count in options.pop("steps").split(",")]
+    curves = {name: [] for name in options.pop("samplers")}
+    for count in counts:  # the short chains first, of all samplers
+        for name, curve in curves.items():
+            curve.append(fid(run, options, steps=count, **SAMPLERS[name]))
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, curve in curves.items():
+        print(f"| {name} |", " | ".join(f"{value:.3f}" for value in curve), "|")
+        ax.plot(counts, curve, marker=".", label=name)
+    for student in students:
+        own = json.loads(Path(student, "config.json").read_text())["sampling"]
+        own = {name: own[name] for name in ("sampler", "steps", "spacing")}
+        value = fid(student, options, **own)
+        print(f"| student, {own['steps']} steps | {value:.3f} |")
+        ax.plot(own["steps"], value, "k*", label="student" * (student == students[0]))
+    ax.set(xscale="log", yscale="log", xlabel="steps", ylabel=full_name("FID", options["features"]))
+    ax.set_xticks(counts, counts, minor=False)
+    ax.minorticks_off()
+    ax.legend(fontsize=8)
+    figure.savefig(output, dpi=120)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
