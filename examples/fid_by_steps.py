@@ -17,14 +17,14 @@ from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.quality import full_name
 
 SAMPLERS = {
-    "ancestral": {"sampler": "ancestral"},
-    "ddim": {"sampler": "ddim"},
+    "ancestral": {"sampler": "ancestral", "spacing": "linspace"},
+    "ddim": {"sampler": "ddim", "spacing": "linspace"},
     "dpmpp_2m_sde, trailing": {"sampler": "dpmpp_2m_sde", "spacing": "trailing"},
     "dpmpp_2m, trailing": {"sampler": "dpmpp_2m", "spacing": "trailing"},
-    "deis, trailing": {"sampler": "deis", "spacing": "trailing"},
+    "deis 2, trailing": {"sampler": "deis", "order": 2, "spacing": "trailing"},
     "deis 3, trailing": {"sampler": "deis", "order": 3, "spacing": "trailing"},
-    "unipc, trailing": {"sampler": "unipc", "spacing": "trailing"},
-    "unipc, logsnr": {"sampler": "unipc", "spacing": "logsnr"},
+    "unipc 2, trailing": {"sampler": "unipc", "order": 2, "spacing": "trailing"},
+    "unipc 2, logsnr": {"sampler": "unipc", "order": 2, "spacing": "logsnr"},
     "unipc 3, logsnr": {"sampler": "unipc", "order": 3, "spacing": "logsnr"},
 }
 
@@ -36,8 +36,7 @@ def fid(run, options, **sampling):
     wanted |= {"metric": full_name("FID", options["features"]), "num_images": options["num_images"]}
     for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
         drawn = record.get("samples", {}).get("sampling", {})
-        chosen = {"order": 0, "spacing": "linspace"} | sampling
-        if chosen.items() <= drawn.items() and wanted.items() <= record.items():
+        if sampling.items() <= drawn.items() and wanted.items() <= record.items():
             return record["value"]
     measure = EvaluationOptions(metrics=("fid",), workdir=Path(run), **options, **sampling)
     return evaluate(measure)[0]["value"]

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from ddpm_jax.images import load_png
+from ddpm_jax.runs.checkpoints import Checkpoints
+from ddpm_jax.runs.evaluations import read_evaluations
+from ddpm_jax.runs.workdir import claim_workdir
+from ddpm_jax.training.state import init_state
+from tests.support.inception import random_layers
 from tests.support.layers import ROOT
+from tests.support.tiny import tiny_config
 
 SHORT = ["train.steps=1", "train.batch_size=8", "train.eval_images=0"]
 SMALL = ["model.base_channels=8", "model.channel_mult=(1,)", "model.attention_resolutions=()"]
@@ -49,3 +55,44 @@ def test_data_of_ones_own_train(tmp_path, monkeypatch):
     assert picture.shape == (4 * 34 - 2, 16 * 34 - 2, 1)
     shown = names["ddpm"].grid(names["shapes"](0, 32), columns=16, scale=2)
     np.testing.assert_array_equal(picture[: len(shown)], shown)
+
+
+@pytest.mark.slow
+def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
+    """Two samplers and a student, by Inception's first layers with random weights."""
+    layers = random_layers("64").items()
+    arrays = {f"{name}/{part}": array for name, two in layers for part, array in two.items()}
+    np.savez(tmp_path / "three.npz", **arrays)
+    runs = [tmp_path / "run", tmp_path / "student"]
+    for run in runs:
+        config = tiny_config(sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"})
+        claim_workdir(run, config)
+        with Checkpoints(run) as checkpoints:
+            checkpoints.save(0, init_state(config))
+    flags = [
+        runs[0],
+        "--students",
+        runs[1],
+        "--samplers",
+        "ddim",
+        "unipc 2, trailing",
+        "--steps=3,5",
+    ]
+    flags += ["--num_images=4", "--reference_images=4", "--features=64"]
+    flags += [f"--inception={tmp_path / 'three.npz'}", f"--data_dir={tmp_path}"]
+    flags += [f"--output={tmp_path / 'fid.png'}"]
+
+    def rows_of_the_table() -> list[str]:
+        run_example(monkeypatch, "fid_by_steps.py", *flags)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+
+    printed = rows_of_the_table()
+    ours, student = ([f"{r['value']:.3f}" for r in read_evaluations(run)] for run in runs)
+    assert printed == [
+        f"| ddim | {ours[0]} | {ours[2]} |",
+        f"| unipc 2, trailing | {ours[1]} | {ours[3]} |",
+        f"| student, 2 steps | {student[0]} |",
+    ]
+    assert load_png(tmp_path / "fid.png").ndim == 3
+    assert rows_of_the_table() == printed
+    assert [len(read_evaluations(run)) for run in runs] == [4, 1]  # nothing was measured again
