@@ -23,6 +23,8 @@ from ddpm_jax.network.unet import UNet, cast_params
 
 Bind = Callable[[Params, jax.Array | None], Denoiser]
 
+_SHAPES: dict[str, Params] = {}  # of the networks that this process has traced
+
 
 def build_process(config: Config) -> GaussianDiffusion:
     """Build the process of `config.diffusion`.
@@ -132,8 +134,17 @@ def init_params(config: Config, network: Network | None = None) -> Params:
 
 
 def abstract_params(config: Config, network: Network | None = None) -> Params:
-    """Return the tree of `init_params` as shapes and types, with nothing computed."""
-    return jax.eval_shape(functools.partial(_init, config, network), np.uint32(config.seed))
+    """Return the tree of `init_params` as shapes and types, with nothing computed.
+
+    Tracing a network takes seconds, and a command asks several times: each is traced once.
+    """
+    trace = functools.partial(jax.eval_shape, functools.partial(_init, config, network))
+    if network is not None:
+        return trace(np.uint32(config.seed))
+    known = repr((config.model, image_shape(config), config.output_channels))
+    if known not in _SHAPES:
+        _SHAPES[known] = trace(np.uint32(config.seed))
+    return jax.tree.map(lambda leaf: leaf, _SHAPES[known])  # dicts that the caller may change
 
 
 def _init(config: Config, network: Network | None, seed: jax.Array) -> Params:

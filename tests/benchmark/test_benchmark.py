@@ -77,6 +77,7 @@ def test_the_peak_of_matrix_products_is_no_fantasy():
     )
 
 
+@pytest.mark.slow
 def test_a_chain_and_a_step_are_those_of_the_run():
     """State and batch go in, the next state comes out, and samples are finite."""
     config = tiny_config(

@@ -198,7 +198,9 @@ def digits(config: Config, count: int) -> np.ndarray:
     return load_source(config.data, "data", "test").images[:count]
 
 
-@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize(
+    "variance", ["fixed_large", pytest.param("learned_range", marks=pytest.mark.slow)]
+)
 def test_length_of_a_hundred_digits_is_the_bound_of_evaluate(variance: str) -> None:
     """Any network has a bound, an untrained one too, and the codec must reach it.
 

@@ -47,7 +47,14 @@ def flags(tmp_path: Path) -> list[str]:
     return [f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--data_dir={tmp_path}"]
 
 
-@pytest.mark.parametrize("how", ["full disk", "closed", "reader left"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "full disk",
+        pytest.param("closed", marks=pytest.mark.slow),
+        pytest.param("reader left", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_whose_output_cannot_be_written_ends_well(tmp_path, flags, how):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     options = {"env": environment, "cwd": ROOT}

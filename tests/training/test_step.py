@@ -46,7 +46,9 @@ def reference() -> tuple[TrainState, list[dict[str, float]]]:
     return run(tiny_config(), devices=1, steps=4)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_every_device_count_computes_the_same_steps(devices):
     """Dropout, flips, noise and timesteps included.
 
@@ -244,7 +246,11 @@ def test_hidden_labels_do_not_train_the_label_embedding():
 
 @pytest.mark.parametrize(
     "kind, variance",
-    [("vlb", "fixed_small"), ("vlb", "learned_range"), ("hybrid", "learned_range")],
+    [
+        ("vlb", "learned_range"),
+        pytest.param("vlb", "fixed_small", marks=pytest.mark.slow),
+        pytest.param("hybrid", "learned_range", marks=pytest.mark.slow),
+    ],
 )
 def test_other_losses_train(kind, variance):
     config = tiny_config(loss={"kind": kind}, diffusion={"variance": variance})
