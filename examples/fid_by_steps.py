@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+import ddpm_jax as ddpm
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.quality import full_name
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("--data_dir", type=Path)
     parser.add_argument("--output", default="fid_by_steps.png")
     options = vars(parser.parse_args())
+    ddpm.tune_cpu()
     run, students, output = (options.pop(name) for name in ("run", "students", "output"))
     counts = [int(count) for count in options.pop("steps").split(",")]
     curves = {name: [] for name in options.pop("samplers")}

@@ -32,6 +32,7 @@ def stream():
         yield shapes(seed)
 
 
+ddpm.tune_cpu()  # before JAX runs anything
 folder, *overrides = sys.argv[1:]
 small = ["data.name=shapes", "data.image_size=16", "model.attention_resolutions=(8,)"]
 config = ddpm.load_config("digits", [*small, "train.batch_size=64", *overrides])

@@ -55,6 +55,7 @@ def apply(params, x_t, t, labels, dropout):
     return (x_t.reshape(-1, 64) @ params["kernel"]).reshape(x_t.shape)
 
 
+ddpm.tune_cpu()  # before JAX runs anything
 networks = {
     "linen": Linen(),
     "nnx": Nnx(64, nnx.Rngs(0)),

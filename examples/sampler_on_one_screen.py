@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import ddpm_jax as ddpm
 
+ddpm.tune_cpu()  # before JAX runs anything
 model = ddpm.load("digits")
 process, schedule = model.process, model.process.schedule
 table = ddpm.ancestral_table(process)  # float64, one row for each step

@@ -49,6 +49,7 @@ import ddpm_jax as ddpm
 from ddpm_jax.data.prepare import prepare
 from ddpm_jax.network.unet import timestep_embedding
 
+ddpm.tune_cpu()  # before JAX runs anything: faster programs where there is no accelerator
 QUICK = bool(os.environ.get("DDPM_QUICK"))  # the test suite's: 8x8 digits, and a few steps of all
 ACCELERATOR = jax.default_backend() != "cpu"
 STEPS = 4 if QUICK else 1000 if ACCELERATOR else 100  # of a reverse chain; the paper takes 1000

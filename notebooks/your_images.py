@@ -45,6 +45,7 @@ import ddpm_jax as ddpm
 from ddpm_jax.files import shipped
 from ddpm_jax.images import load_png
 
+ddpm.tune_cpu()  # before JAX runs anything: faster programs where there is no accelerator
 QUICK = bool(os.environ.get("DDPM_QUICK"))  # the test suite's: a step or two of everything
 STEPS = 2 if QUICK else 400  # of training
 DDIM = 2 if QUICK else 25  # steps of a chain
@@ -159,7 +160,8 @@ else:
     features = "--features=768" if "768" in inception else ""
     command(
         f"evaluate --workdir=WORK/run --metrics=fid {draws} {features} "
-        f"--inception={shlex.quote(inception)} --num_images={count} --cache=WORK/cache"
+        f"--inception={shlex.quote(inception)} --num_images={count} --reference_images=500 "
+        "--cache=WORK/cache"
     )
 
 # %% [markdown]

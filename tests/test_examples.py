@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import ddpm_jax as ddpm
 from ddpm_jax.images import load_png
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
@@ -24,6 +25,7 @@ SMALL = ["model.base_channels=8", "model.channel_mult=(1,)", "model.attention_re
 def run_example(monkeypatch, name: str, *arguments: object) -> dict[str, object]:
     path = ROOT / "examples" / name
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    monkeypatch.setattr(ddpm, "tune_cpu", list)  # the process is that of the tests
     return runpy.run_path(str(path), run_name="__main__")
 
 

@@ -37,7 +37,8 @@ def plot_curves(
             if not points:
                 have = ", ".join(sorted({key for row in rows for key in row} - {"step"}))
                 raise UserError(f"{workdir}/metrics.jsonl has no {name!r}; it has {have}")
-            axes.plot(*zip(*points), label=f"{workdir.name}: {name}")
+            marker = "." if len(points) < 20 else ""  # a single point has no line
+            axes.plot(*zip(*points), marker=marker, label=f"{workdir.name}: {name}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(output) as file:

@@ -39,6 +39,21 @@ def test_the_curve_is_in_the_picture(run, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("points, marked", [(1, True), (19, True), (20, False)])
+def test_few_points_are_marked_since_one_has_no_line(tmp_path, monkeypatch, points, marked):
+    (tmp_path / "run").mkdir()
+    rows = [f'{{"step": {step}, "loss": 1.0}}\n' for step in range(points)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(rows))
+    lines = []
+    plot = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "plot", lambda self, *a, **k: lines.extend(plot(self, *a, **k))
+    )
+    plot_curves([tmp_path / "run"], ["loss"], tmp_path / "curve.png", log=False)
+    (line,) = lines
+    assert (line.get_marker() == ".") == marked
+
+
 @pytest.mark.parametrize(
     "workdir, names, output, said",
     [
