@@ -104,7 +104,10 @@ class AttentionBlock(nn.Module):
             split = (heads, 3, c // heads) if by_head else (3, heads, c // heads)
             qkv = dense(3 * c, dtype, "qkv")(h).reshape(b, tokens, *split)
             q, k, v = jnp.moveaxis(qkv, 3 if by_head else 2, 0)
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        # XLA for CPUs (jaxlib 0.10.2) ends the process over bfloat16 products of a single channel.
+        wide = jnp.promote_types(dtype, jnp.float32) if c == heads else dtype
+        h = jax.nn.dot_product_attention(*(part.astype(wide) for part in (q, k, v)))
+        h = h.astype(dtype).reshape(x.shape)
         return (x + dense(c, dtype, "proj_out", scale=NEAR_ZERO)(h)) * config.skip_scale
 
 

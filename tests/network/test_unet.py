@@ -492,6 +492,21 @@ def test_bfloat16_is_close_and_parameters_stay_float32():
     assert 1e-4 < distance(output, exact) < 0.1
 
 
+def test_bfloat16_trains_where_a_head_has_one_channel():
+    """XLA for CPUs would end the process; the gradients are near those of float32."""
+    config = dataclasses.replace(FLAT, base_channels=4, heads=4)
+    x, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
+    params = random_params(config)
+
+    def gradient(dtype):
+        model = UNet(dataclasses.replace(config, dtype=dtype), 3)
+        slope = jax.jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, x, t)).mean()))
+        return np.asarray(slope(params)["mid_attn"]["v"]["kernel"])
+
+    exact = gradient("float32")
+    assert np.linalg.norm(gradient("bfloat16") - exact) < 0.1 * np.linalg.norm(exact) != 0
+
+
 def test_bfloat16_is_where_the_work_is_and_nowhere_else():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params, x, t = random_params(config), images(2), np.array([3, 50])
