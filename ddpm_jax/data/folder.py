@@ -47,7 +47,8 @@ class Listing:
             return line
         kinds = [f"{kind} {count:,}" for kind, count in self.left_out.most_common()]
         kinds = [*kinds[:_SHOWN], "..."] if len(kinds) > _SHOWN else kinds
-        return f"{line}, {self.left_out.total():,} other files left out ({', '.join(kinds)})"
+        total = self.left_out.total()
+        return f"{line}, {total:,} other file{'s' * (total > 1)} left out ({', '.join(kinds)})"
 
     def names(self) -> list[str]:
         """Return the paths of the images inside the folder, in their order."""

@@ -431,7 +431,7 @@ def test_a_set_prepared_before_files_were_recorded_is_still_there(tmp_path, face
 def test_preparing_says_what_a_folder_leaves_out(tmp_path, faces, capfd):
     (tmp_path / "originals" / "anim.gif").write_bytes(b"x")
     prepare.prepare_folder(tmp_path / "originals", tmp_path / "data", "faces", 8)
-    line = f"{tmp_path}/originals: 60 images, 1 other files left out (.gif 1)\n"
+    line = f"{tmp_path}/originals: 60 images, 1 other file left out (.gif 1)\n"
     assert line in capfd.readouterr().err
 
 
