@@ -17,7 +17,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.progress import Progress, say
+from ddpm_jax.progress import Progress, say, waiting
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.metrics import MetricWriter
 from ddpm_jax.sampling.generate import build_generator
@@ -169,8 +169,10 @@ class SampleGrids:
 
     def __call__(self, step: int, params: Params) -> None:
         """Draw the grid and write it to samples/ and the log; all hosts call it together."""
+        what = f"drawing the grid of step {step:,}"
         try:
-            samples = self._generator.draw(params, seed=self._seed, indices=self._indices)
+            with waiting(what, enabled=self._is_main):
+                samples = self._generator.draw(params, seed=self._seed, indices=self._indices)
         except jax.errors.JaxRuntimeError as error:
             # Several hosts cannot go on apart: the others may have their pictures.
             if jax.process_count() > 1 or "RESOURCE_EXHAUSTED" not in str(error):

@@ -21,6 +21,7 @@ from ddpm_jax.config import (
     DiffusionConfig,
     LossConfig,
     OptimizerConfig,
+    SamplingConfig,
     TrainConfig,
     UNetConfig,
     override,
@@ -108,6 +109,7 @@ def choose_config(
             learning_rate=2e-4 if fast else 1e-3, warmup_steps=5000 if fast else 500
         ),
         train=choose_training(fast, len(devices.devices), held_out),
+        sampling=SamplingConfig() if fast else SamplingConfig(sampler="ddim", steps=50),
     )
     for item in overrides:
         override(config, item)
@@ -266,6 +268,12 @@ def _explain(config: Config, fast: bool, held_out: int) -> list[Choice]:
             "at most: Ctrl-C stops at any time, and the same command goes on",
         ),
         Choice("train.eval_images", str(train.eval_images), f"of {held_out:,} held out"),
+        Choice(
+            "sampling.sampler", config.sampling.sampler, "of samples, unless they say otherwise"
+        ),
+        Choice(
+            "sampling.steps", str(config.sampling.steps), "0 is all; a CPU takes minutes for those"
+        ),
     ]
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
+import re
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax import progress as progress_module
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.progress import waiting
+from ddpm_jax.runs.metrics import MetricWriter
 from ddpm_jax.training import monitor
 from ddpm_jax.training.monitor import Diverged, Log
 from tests.support.tiny import tiny_config
@@ -178,3 +185,22 @@ def test_what_jax_hands_out_can_be_asked_whether_it_is_there() -> None:
     value = jnp.ones(3) * 2
     value.block_until_ready()
     assert value.is_ready() is True
+
+
+def test_a_grid_that_takes_its_time_says_so(monkeypatch, tmp_path, capsys) -> None:
+    """The last step of a run draws one, and all steps of a chain take a CPU minutes."""
+
+    class Slow:
+        def draw(self, params, **inputs) -> np.ndarray:
+            time.sleep(0.2)
+            return np.zeros((4, 8, 8, 1), np.float32)
+
+    monkeypatch.setattr(monitor, "build_generator", lambda *args, **options: Slow())
+    monkeypatch.setattr(monitor, "waiting", functools.partial(waiting, every=0.05))
+    with MetricWriter(tmp_path) as writer:
+        grids = monitor.SampleGrids(tiny_config(), Devices(jax.devices()[:1]), tmp_path, writer)
+        grids(250, {})
+    assert re.search(
+        r"^drawing the grid of step 250: \d+ s$", capsys.readouterr().err, re.MULTILINE
+    )
+    assert (tmp_path / "samples" / "step_0000250.png").is_file()

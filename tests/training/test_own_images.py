@@ -33,6 +33,7 @@ SMALL = (
     "--config.train.batch_size=8",
     "--config.train.sample_every=0",
     "--config.train.steps=1",
+    "--config.sampling.steps=3",
 )
 
 
@@ -70,6 +71,8 @@ def test_what_is_chosen_suits_the_images(tmp_path, images, expected):
     assert train.image_shape == (config.data.image_size,) * 2 + (config.data.channels,)
     said = {choice.field: choice.value for choice in choices}
     assert said["image_size"] == str(config.data.image_size)
+    assert (said["diffusion.schedule"], said["diffusion.prediction"]) == ("cosine", "v")
+    assert (said["loss.weighting"], said["sampling.steps"]) == ("min_snr", "50")
     assert {"data.flip", "data.channels", "data.held_out_every", "train.steps"} <= set(said)
 
 
