@@ -101,10 +101,10 @@ PICTURES = shlex.quote(str(PICTURES))
 # command again goes on where the run was, also after a crash.
 
 # %%
-network = "--config.model.base_channels=16 --config.model.attention_resolutions=(8,)"
+network = "--config.model.base_channels=16 --config.model.group_norm_groups=8"
 if QUICK:
-    network = "--config.model.base_channels=8 --config.model.attention_resolutions=() "
-    network += "--config.model.channel_mult=(1,) --config.model.blocks_per_level=1"
+    network = "--config.model.base_channels=8 --config.model.group_norm_groups=4 "
+    network += "--config.model.attention_resolutions=() --config.model.channel_mult=(1,)"
 fields = f"--config.train.steps={STEPS} --config.optimizer.warmup_steps=50"
 command(f"train --images={PICTURES} --workdir=WORK/run --image_size=16 {network} {fields}")
 
