@@ -23,7 +23,19 @@ from ddpm_jax.network.unet import UNet, cast_params
 
 Bind = Callable[[Params, jax.Array | None], Denoiser]
 
-_SHAPES: dict[str, Params] = {}  # of the networks that this process has traced
+
+def once_a_network(compute: Callable[[Config], Any]) -> Callable[[Config], Any]:
+    """Remember what `compute` returns of each network: tracing one takes seconds."""
+    known: dict[str, Any] = {}
+
+    @functools.wraps(compute)
+    def remembered(config: Config) -> Any:
+        network = repr((config.model, image_shape(config), config.output_channels))
+        if network not in known:
+            known[network] = compute(config)
+        return known[network]
+
+    return remembered
 
 
 def build_process(config: Config) -> GaussianDiffusion:
@@ -134,17 +146,16 @@ def init_params(config: Config, network: Network | None = None) -> Params:
 
 
 def abstract_params(config: Config, network: Network | None = None) -> Params:
-    """Return the tree of `init_params` as shapes and types, with nothing computed.
+    """Return the tree of `init_params` as shapes and types, with nothing computed."""
+    shapes = _shapes(config) if network is None else _trace(config, network)
+    return jax.tree.map(lambda leaf: leaf, shapes)  # dicts that the caller may change
 
-    Tracing a network takes seconds, and a command asks several times: each is traced once.
-    """
-    trace = functools.partial(jax.eval_shape, functools.partial(_init, config, network))
-    if network is not None:
-        return trace(np.uint32(config.seed))
-    known = repr((config.model, image_shape(config), config.output_channels))
-    if known not in _SHAPES:
-        _SHAPES[known] = trace(np.uint32(config.seed))
-    return jax.tree.map(lambda leaf: leaf, _SHAPES[known])  # dicts that the caller may change
+
+def _trace(config: Config, network: Network | None = None) -> Params:
+    return jax.eval_shape(functools.partial(_init, config, network), np.uint32(config.seed))
+
+
+_shapes = once_a_network(_trace)
 
 
 def _init(config: Config, network: Network | None, seed: jax.Array) -> Params:
@@ -163,6 +174,7 @@ def denoiser(config: Config, network: Network | None = None) -> Bind:
     return bind
 
 
+@once_a_network
 def forward_flops(config: Config) -> int:
     """Count the operations of one image going through the network once.
 

@@ -7,7 +7,6 @@ measured again. Students (`ddpm distill`) are drawn in their own steps.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +15,9 @@ import ddpm_jax as ddpm
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.quality import full_name
+from ddpm_jax.runs.checkpoints import Checkpoints
+from ddpm_jax.runs.evaluations import read_evaluations
+from ddpm_jax.runs.workdir import load_workdir_config
 
 SAMPLERS = {
     "ancestral": {"sampler": "ancestral", "spacing": "linspace"},
@@ -32,21 +34,20 @@ SAMPLERS = {
 
 def fid(run, options, **sampling):
     """Return the FID of `run` with these fields of the sampler, measured or looked up."""
-    path = Path(run, "evaluations.jsonl")
-    wanted = {"step": max(int(folder.name) for folder in Path(run, "checkpoints").glob("[0-9]*"))}
+    wanted = {"step": Checkpoints.reading(run).steps()[-1]}
     wanted |= {"metric": full_name("FID", options["features"]), "num_images": options["num_images"]}
-    for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+    for record in read_evaluations(run):
         drawn = record.get("samples", {}).get("sampling", {})
         if sampling.items() <= drawn.items() and wanted.items() <= record.items():
             return record["value"]
-    measure = EvaluationOptions(metrics=("fid",), workdir=Path(run), **options, **sampling)
+    measure = EvaluationOptions(metrics=("fid",), workdir=run, **options, **sampling)
     return evaluate(measure)[0]["value"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", help="a run directory")
-    parser.add_argument("--students", nargs="*", default=[], help="runs of ddpm distill")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--students", type=Path, nargs="*", default=[], help="runs of ddpm distill")
     parser.add_argument("--steps", default="5,8,10,15,20,50")
     parser.add_argument("--samplers", nargs="*", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--num_images", type=int, default=1000)
@@ -68,11 +69,10 @@ def main():
         print(f"| {name} |", " | ".join(f"{value:.3f}" for value in curve), "|")
         ax.plot(counts, curve, marker=".", label=name)
     for student in students:
-        own = json.loads(Path(student, "config.json").read_text())["sampling"]
-        own = {name: own[name] for name in ("sampler", "steps", "spacing")}
-        value = fid(student, options, **own)
-        print(f"| student, {own['steps']} steps | {value:.3f} |")
-        ax.plot(own["steps"], value, "k*", label="student" * (student == students[0]))
+        own = load_workdir_config(student).sampling
+        value = fid(student, options, sampler=own.sampler, steps=own.steps, spacing=own.spacing)
+        print(f"| student, {own.steps} steps | {value:.3f} |")
+        ax.plot(own.steps, value, "k*", label="student" * (student == students[0]))
     ax.set(xscale="log", yscale="log", xlabel="steps", ylabel=full_name("FID", options["features"]))
     ax.set_xticks(counts, counts, minor=False)
     ax.xaxis.minorticks_off()

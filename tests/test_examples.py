@@ -14,7 +14,7 @@ from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
 from ddpm_jax.training.state import init_state
-from tests.support.inception import random_layers
+from tests.support.inception import save_layers
 from tests.support.layers import ROOT
 from tests.support.tiny import tiny_config
 
@@ -62,9 +62,7 @@ def test_data_of_ones_own_train(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     """Two samplers and a student, by Inception's first layers with random weights."""
-    layers = random_layers("64").items()
-    arrays = {f"{name}/{part}": array for name, two in layers for part, array in two.items()}
-    np.savez(tmp_path / "three.npz", **arrays)
+    save_layers(tmp_path / "three.npz")
     runs = [tmp_path / "run", tmp_path / "student"]
     for run in runs:
         config = tiny_config(sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from pathlib import Path
 import jax
 
 from ddpm_jax.build import abstract_params, forward_flops
-from ddpm_jax.config import Config, load_config, to_dict
+from ddpm_jax.config import Config, load_config
 from ddpm_jax.files import replacing
 from ddpm_jax.reproduction.ledger import Record, cells, read_json, read_records
 
 H100 = 798e12  # FLOP/s in bfloat16, the peak that was measured on one elsewhere
 UTILISATION = 0.4, 0.1  # of that peak: what a training may reach, from the best to the usual
-SIZES: dict[str, tuple[int, int]] = {}  # of networks, as `network_size` has found them
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -100,15 +98,9 @@ def costs(paper: Record, root: Path) -> str:
 
 
 def network_size(config: Config) -> tuple[int, int]:
-    """Return the parameters of a network and the FLOPs of its forward pass for one image.
-
-    Many rows share a network, and tracing it takes seconds: each is traced once.
-    """
-    network = json.dumps([to_dict(config)["model"], config.data.image_size, config.output_channels])
-    if network not in SIZES:
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
-        SIZES[network] = parameters, forward_flops(config)
-    return SIZES[network]
+    """Return the parameters of a network and the FLOPs of its forward pass for one image."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    return parameters, forward_flops(config)
 
 
 def _pod_hours(root: Path, config: Config, images: int) -> str:

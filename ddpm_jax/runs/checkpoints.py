@@ -23,13 +23,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ddpm_jax.errors import WorkdirError
-from ddpm_jax.files import read_json
 from ddpm_jax.parallel import hosts
 from ddpm_jax.runs.parts import describe_content, read_parts
 from ddpm_jax.runs.storage import (
     LowestLoss,
     await_hash,
     check_written,
+    custom_metadata,
     misfit,
     quiet_storage_log,
     quiet_storage_threads,
@@ -290,8 +290,8 @@ class Checkpoints:
     def _read(self, like: Any, step: int, parts: Collection[str] | None) -> Any:
         return read_parts(self._manager, step, like, self._about(step), parts)
 
-    def _about(self, step: int) -> dict[str, Any]:  # by Orbax's own way all arrays are looked into
-        return read_json(self.folder / f"{step}/_CHECKPOINT_METADATA").get("custom_metadata") or {}
+    def _about(self, step: int) -> dict[str, Any]:
+        return custom_metadata(self.folder / str(step))
 
     def _saved_losses(self) -> dict[int, float]:
         losses = {}

@@ -169,9 +169,8 @@ class SampleGrids:
 
     def __call__(self, step: int, params: Params) -> None:
         """Draw the grid and write it to samples/ and the log; all hosts call it together."""
-        what = f"drawing the grid of step {step:,}"
         try:
-            with waiting(what, enabled=self._is_main):
+            with waiting(f"drawing the grid of step {step:,}", enabled=self._is_main):
                 samples = self._generator.draw(params, seed=self._seed, indices=self._indices)
         except jax.errors.JaxRuntimeError as error:
             # Several hosts cannot go on apart: the others may have their pictures.

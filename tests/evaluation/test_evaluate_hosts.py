@@ -25,7 +25,7 @@ from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
 from ddpm_jax.training.state import init_state
 from tests.support.hosts import end, run_both, start
-from tests.support.inception import pictures, random_layers
+from tests.support.inception import pictures, save_layers
 from tests.support.processes import finish, script
 from tests.support.tiny import tiny_config
 
@@ -39,15 +39,10 @@ def make_run(workdir: Path) -> None:
         checkpoints.save(3, init_state(config).replace(step=jnp.int32(3)))
 
 
-def save_inception(path: Path) -> None:
-    layers = random_layers("64").items()
-    np.savez(path, **{f"{layer}/{part}": a for layer, parts in layers for part, a in parts.items()})
-
-
 def test_two_hosts_score_a_run_as_one_does(tmp_path: Path) -> None:
     make_run(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    save_inception(tmp_path / "three.npz")
+    save_layers(tmp_path / "three.npz")
 
     def flags(name: str) -> list[str]:
         places = [
@@ -150,7 +145,7 @@ def test_what_one_host_refuses_all_refuse(
     case: Callable[[Path], tuple[list[str], str]], tmp_path: Path
 ) -> None:
     """End both processes: neither waits for the other for ever, and both say why."""
-    save_inception(tmp_path / "three.npz")
+    save_layers(tmp_path / "three.npz")
     flags, message = case(tmp_path)
     common = [f"--inception={tmp_path / 'three.npz'}", "--features=64", "--batch_size=24"]
     for code, _, errors in end(

@@ -31,7 +31,7 @@ from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
 from ddpm_jax.training.state import init_state
 from tests.support.commands import command_module as script
-from tests.support.inception import pictures, random_layers
+from tests.support.inception import pictures, random_layers, save_layers
 from tests.support.tiny import tiny_config
 
 
@@ -49,14 +49,7 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> Extractor:
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "three.npz"
-    np.savez(
-        path,
-        **{
-            f"{layer}/{part}": array
-            for layer, two in random_layers("64").items()
-            for part, array in two.items()
-        },
-    )
+    save_layers(path)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ddpm_jax.evaluation.inception.files import Layers
@@ -19,6 +21,12 @@ def random_layers(tap: str, seed: int = 0) -> Layers:
             "bias": (rng.normal(size=shapes["bias"]) * 0.1).astype(np.float32),
         }
     return layers
+
+
+def save_layers(path: Path, tap: str = "64") -> None:
+    """Write `random_layers` as the file of weights that commands take."""
+    layers = random_layers(tap).items()
+    np.savez(path, **{f"{layer}/{part}": a for layer, parts in layers for part, a in parts.items()})
 
 
 def pictures(count: int, size: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
