@@ -188,6 +188,20 @@ def test_length_of_a_chain_of_gaussian_images_is_the_closed_form_of_the_bound() 
     assert received.is_initial(stack.borrowed)
 
 
+def test_each_draw_of_a_chain_has_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws with one mask would depend on each other, which bits-back assumes they do not."""
+    made, masks = made_schedule(20), []
+
+    def recorded(seed: int, draw: int, count: int) -> np.ndarray:
+        masks.append(draw_mask(seed, draw, count))
+        return masks[-1]
+
+    monkeypatch.setattr(bits_back, "draw_mask", recorded)
+    coder = ChainCoder(made, gaussian_network(GaussianChain(made.betas), made.betas))
+    coder.encode(Stack(64), np.zeros((1, 8, 8, 1), np.uint8))
+    assert len({mask.tobytes() for mask in masks}) == len(masks) >= 19
+
+
 def tiny_trained(scale: float = 1.0, **sections) -> Trained:
     config = tiny_config(**sections)
     params = jax.tree.map(lambda leaf: scale * leaf, init_params(config))

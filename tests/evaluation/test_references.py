@@ -6,6 +6,7 @@ Inception is its first three layers with random weights.
 from __future__ import annotations
 
 import json
+import types
 import zipfile
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import pytest
 from ddpm_jax.data.load import load_source
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.errors import DataError, EvaluationError, UserError
-from ddpm_jax.evaluation import references
+from ddpm_jax.evaluation import inputs, references
 from ddpm_jax.evaluation.image_sets import of_array, of_split, open_images
 from ddpm_jax.evaluation.inception.features import Extractor
 from ddpm_jax.evaluation.inception.weights import inception_of
+from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.quality import measure
 from ddpm_jax.evaluation.quality_report import Number, format_numbers, over_seeds
 from ddpm_jax.figures.neighbours import nearest_in_features
@@ -408,6 +410,34 @@ def test_script_scores_a_run_and_notes_the_protocol(
     assert blocks() == before and len(before) == 2  # nothing was drawn again
     again = [record for record in read_evaluations(workdir) if record["metric"] == "FID-64"]
     assert again[1]["value"] == again[0]["value"]
+
+
+def test_samples_are_of_each_seed_and_of_the_classes_in_turn(tmp_path: Path, monkeypatch) -> None:
+    """A generator in the place of the run's own notes what it is asked for."""
+    config = tiny_config(model={"num_classes": 4})
+    claim_workdir(tmp_path / "run", config)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(0, init_state(config))
+    asked = []
+
+    class Generator:
+        sampler = types.SimpleNamespace(steps=1)
+
+        def draw(self, params, *, seed: int, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+            asked.append((seed, indices.tolist(), labels.tolist()))
+            return np.zeros((len(indices), 8, 8, 1), np.float32)
+
+    monkeypatch.setattr(inputs, "build_generator", lambda *args, **options: Generator())
+    common = {"metrics": ("pixels",), "workdir": tmp_path / "run", "num_images": 5}
+    for more in ({"seeds": (7, 8)}, {"seed": 9, "label": (3, 1)}):
+        options = EvaluationOptions(**common, **more)
+        assert len(inputs.Inputs(options, Devices(jax.devices()[:1])).samples) == len(options.draws)
+    numbers = list(range(5))
+    assert asked == [
+        (7, numbers, [0, 1, 2, 3, 0]),
+        (8, numbers, [0, 1, 2, 3, 0]),
+        (9, numbers, [3, 1, 3, 1, 3]),
+    ]
 
 
 def test_script_scores_images_of_others(
