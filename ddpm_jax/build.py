@@ -147,15 +147,27 @@ def init_params(config: Config, network: Network | None = None) -> Params:
 
 def abstract_params(config: Config, network: Network | None = None) -> Params:
     """Return the tree of `init_params` as shapes and types, with nothing computed."""
-    shapes = _shapes(config) if network is None else _trace(config, network)
+    if network is not None:
+        return jax.eval_shape(functools.partial(_init, config, network), np.uint32(config.seed))
+    shapes, _ = _traced(config)
     return jax.tree.map(lambda leaf: leaf, shapes)  # dicts that the caller may change
 
 
-def _trace(config: Config, network: Network | None = None) -> Params:
-    return jax.eval_shape(functools.partial(_init, config, network), np.uint32(config.seed))
+def forward_flops(config: Config) -> int:
+    """Count the operations of one image going through the network once.
+
+    A training step, by convention, is three times as much an image.
+    """
+    _, flops = _traced(config)
+    return flops
 
 
-_shapes = once_a_network(_trace)
+@once_a_network
+def _traced(config: Config) -> tuple[Params, int]:
+    """Trace how the UNet is made: one image goes through it once, which draws its parameters."""
+    make = jax.make_jaxpr(functools.partial(_init, config, None), return_shape=True)
+    program, shapes = make(np.uint32(config.seed))
+    return shapes, count_flops(program.jaxpr)
 
 
 def _init(config: Config, network: Network | None, seed: jax.Array) -> Params:
@@ -172,20 +184,3 @@ def denoiser(config: Config, network: Network | None = None) -> Bind:
         return lambda x_t, t: network.apply(ready, x_t, t, labels, None)
 
     return bind
-
-
-@once_a_network
-def forward_flops(config: Config) -> int:
-    """Count the operations of one image going through the network once.
-
-    A training step, by convention, is three times as much an image.
-    """
-    model = build_model(config)
-    x = jax.ShapeDtypeStruct((1, *image_shape(config)), jnp.float32)
-    one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    labels = one if config.model.num_classes else None
-
-    def apply(params: Params, *inputs: Any) -> jax.Array:
-        return model.apply({"params": params}, *inputs)
-
-    return count_flops(apply, abstract_params(config), x, one, labels)

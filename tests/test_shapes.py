@@ -72,6 +72,7 @@ def test_codes_and_likelihoods_have_it_too(run):
     assert np.isfinite(model.bits_per_dim(levels[:2], num_timesteps=2, batch_size=8))
 
 
+@pytest.mark.slow
 def test_a_transposed_network_draws_transposed_pictures():
     """Height and width are not mixed up: kernels transposed, an image transposed, the same output."""
     config = tiny_config(data={"image_size": (8, 16)}, model=WIDE)

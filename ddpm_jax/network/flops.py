@@ -1,24 +1,20 @@
-"""Count the floating-point operations of a function without running it."""
+"""Count the floating-point operations of a traced function without running it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Count 2 a multiplication, of convolutions (zero padding included) and matrix products.
+def count_flops(jaxpr: Jaxpr) -> int:
+    """Count the operations of a traced function: `jax.make_jaxpr(function)(*arguments).jaxpr`.
 
-    A scan counts as often as it turns.
+    They are 2 a multiplication, of convolutions (zero padding included) and matrix products. A scan
+    counts as often as it turns.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _count(jaxpr: Jaxpr) -> int:
     return sum(_own(equation) + _turns(equation) * _inside(equation) for equation in jaxpr.eqns)
 
 
@@ -47,5 +43,6 @@ def _inside(equation: JaxprEqn) -> int:
         return isinstance(value, (Jaxpr, ClosedJaxpr))
 
     called = filter(is_jaxpr, jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr))
-    counts = [_count(value.jaxpr if isinstance(value, ClosedJaxpr) else value) for value in called]
+    inner = [value.jaxpr if isinstance(value, ClosedJaxpr) else value for value in called]
+    counts = [count_flops(jaxpr) for jaxpr in inner]
     return max(counts, default=0) if equation.primitive.name == "cond" else sum(counts)

@@ -348,6 +348,7 @@ def test_script_refuses_in_one_line_and_writes_nothing(
     assert read_evaluations(workdir) == before
 
 
+@pytest.mark.slow
 def test_coding_script_measures_encodes_and_decodes(
     workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

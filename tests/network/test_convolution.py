@@ -241,8 +241,17 @@ def computed(program: str) -> str:
     return result("main")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+@pytest.mark.parametrize(
+    "platform, dtype",
+    [
+        ("tpu", "bfloat16"),
+        ("cuda", "float32"),
+        ("cpu", "float32"),
+        pytest.param("tpu", "float32", marks=pytest.mark.slow),
+        pytest.param("cuda", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("cpu", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_gpu_and_tpu_programs_are_untouched(platform, dtype, monkeypatch):
     """The same operations on the same operands, and not one more; GPUs have norms of their own.
 

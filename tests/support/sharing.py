@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import types
@@ -115,6 +116,7 @@ class Programs:
         for kept in (self._mapped, self._traced, self._drawn):
             kept.clear()
         jax.clear_caches()
+        gc.collect()  # or what they held would stay, and the next file find no more room
 
     def _sharing(self, build_program: Callable[..., Any]) -> Callable[..., Any]:
         def program(devices: Devices, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -166,6 +166,7 @@ def test_the_hash_covers_every_bit_name_type_and_shape():
     assert len({whole, *map(content_hash, others)}) == 1 + len(others)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_with_the_command_that_goes_on(
     tmp_path, monkeypatch, capsys
 ):

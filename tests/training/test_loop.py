@@ -374,6 +374,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path):
 @pytest.mark.skipif(
     sys.platform != "linux", reason="a limit on file sizes stands in for a disk that fails"
 )
+@pytest.mark.slow
 def test_a_write_that_fails_ends_the_run_and_leaves_nothing_half_written(tmp_path):
     _, workdir, flags = endless(tmp_path, steps=3, checkpoint_every=2)
     code, _, said = finish(

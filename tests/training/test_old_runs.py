@@ -42,6 +42,7 @@ def test_it_samples_the_pixels_it_sampled_then(workdir):
     assert np.abs(samples.astype(int) - levels).max() <= 1 and (samples == levels).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_it_resumes_where_it_was(workdir, tmp_path):
     config = load_workdir_config(workdir)
     override(config, "train.steps=12")

@@ -111,6 +111,7 @@ def test_it_resumes_to_the_bit_without_the_other(source, new, tmp_path):
         train_on_one(longer, workdir)
 
 
+@pytest.mark.slow
 def test_a_start_cut_off_is_made_again(source, new, tmp_path, monkeypatch):
     """Killed between the record and checkpoint 0: also without the flag it is no new run."""
     config, workdir = new[0], tmp_path / "run"
@@ -178,6 +179,7 @@ def test_the_record_of_losses_goes_on_where_both_have_one():
     assert_bit_equal(shorter, init_state(other).loss_history)
 
 
+@pytest.mark.slow
 def test_the_command_starts_from_a_run_and_a_step(source, tmp_path, capsys):
     config, run = source
     path = write_config(tmp_path, config)

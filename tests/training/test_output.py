@@ -47,14 +47,8 @@ def flags(tmp_path: Path) -> list[str]:
     return [f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--data_dir={tmp_path}"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "full disk",
-        pytest.param("closed", marks=pytest.mark.slow),
-        pytest.param("reader left", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full disk", "closed", "reader left"])
 def test_a_run_whose_output_cannot_be_written_ends_well(tmp_path, flags, how):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     options = {"env": environment, "cwd": ROOT}
@@ -74,6 +68,7 @@ def test_a_run_whose_output_cannot_be_written_ends_well(tmp_path, flags, how):
     assert int(final_state(tiny_config(train={"steps": 4}), tmp_path / "run").step) == 4
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_like_sigterm(tmp_path):
     config = tiny_config(train={"steps": 10**6, "log_every": 1, "checkpoint_every": 10**6})
     flags = [f"--config={write_config(tmp_path, config)}", f"--workdir={tmp_path / 'run'}"]

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax import trained
-from ddpm_jax.build import abstract_params, build_model, init_params
+from ddpm_jax.build import abstract_params, build_model
 from ddpm_jax.cli import export_weights as export_script
 from ddpm_jax.cli import import_weights as import_script
 from ddpm_jax.cli import sample as sample_script
@@ -501,6 +501,7 @@ def test_import_of_an_export_is_the_same_run(layout, tmp_path, capsys):
     assert len(record["files"][0]["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_an_imported_run_samples_and_trains(tmp_path, capsys):
     """Sampling needs nothing but the folder; training goes on with the config that lies in it."""
     config = config_of(
@@ -1013,7 +1014,7 @@ def test_a_network_that_a_layout_cannot_express_is_refused(tmp_path):
     )
     with pytest.raises(WeightsError, match="diffusion.prediction=mu"):
         diffusers_config.scheduler_config(Config(diffusion=DiffusionConfig(prediction="mu")))
-    run = save_run(tmp_path / "a", config, init_params(config))
+    run = save_run(tmp_path / "a", config, random_params(config))
     with pytest.raises(WeightsError, match="layout openai cannot express"):
         export_script.main([f"--workdir={run}", "--layout=openai", f"--output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
