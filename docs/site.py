@@ -21,7 +21,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "ddpm_jax"
-EXAMPLES = ("sampler_on_one_screen.py", "own_network.py", "own_data.py", "fid_by_steps.py")
+EXAMPLES = (
+    "sampler_on_one_screen.py",
+    "own_network.py",
+    "own_data.py",
+    "fid_by_steps.py",
+    "compare_students.py",
+)
 # What a page of the repository is called here.
 PAGES = {
     "README.md": "index.md",

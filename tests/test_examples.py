@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,16 +60,26 @@ def test_data_of_ones_own_train(tmp_path, monkeypatch):
     np.testing.assert_array_equal(picture[: len(shown)], shown)
 
 
+def teacher_and_student(folder: Path) -> list[Path]:
+    """Save two networks that sample in two steps."""
+    runs = [folder / "run", folder / "student"]
+    for seed, run in enumerate(runs):
+        config = tiny_config(
+            diffusion={"timesteps": 60},
+            sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"},
+        )
+        config.seed = seed
+        claim_workdir(run, config)
+        with Checkpoints(run) as checkpoints:
+            checkpoints.save(0, init_state(config))
+    return runs
+
+
 @pytest.mark.slow
 def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     """Two samplers and a student, by Inception's first layers with random weights."""
     save_layers(tmp_path / "three.npz")
-    runs = [tmp_path / "run", tmp_path / "student"]
-    for run in runs:
-        config = tiny_config(sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"})
-        claim_workdir(run, config)
-        with Checkpoints(run) as checkpoints:
-            checkpoints.save(0, init_state(config))
+    runs = teacher_and_student(tmp_path)
     flags = [
         runs[0],
         "--students",
@@ -96,3 +107,18 @@ def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     assert load_png(tmp_path / "fid.png").ndim == 3
     assert rows_of_the_table() == printed
     assert [len(read_evaluations(run)) for run in runs] == [4, 1]  # nothing was measured again
+
+
+@pytest.mark.slow
+def test_a_student_stands_below_its_teacher(tmp_path, monkeypatch, capsys):
+    """The three rows begin from the same noise, and are those that the runs draw."""
+    runs = teacher_and_student(tmp_path)
+    flags = [f"--teacher={runs[0]}", f"--student={runs[1]}", "--num_images=3", "--scale=1"]
+    run_example(monkeypatch, "compare_students.py", *flags, f"--output={tmp_path / 'rows.png'}")
+    assert "50 steps, 2 steps, the student's 2 steps" in capsys.readouterr().out
+    teacher, student = map(ddpm.load, runs)
+    few = {"steps": 2, "sampler": "ddim", "spacing": "trailing"}
+    drawn = [model.sample(3, seed=0, **few) for model in (teacher, student)]
+    many = teacher.sample(3, seed=0, sampler="ddim", steps=50)
+    picture = load_png(tmp_path / "rows.png")
+    np.testing.assert_array_equal(picture, ddpm.grid(np.concatenate([many, *drawn]), columns=3))
