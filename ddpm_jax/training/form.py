@@ -1,18 +1,21 @@
 """Hold the training state in the form that suits the platform: a tree of leaves, or flat vectors.
 
 Norms, clip, Adam and averages of a tree are a kernel or more for each leaf, of which a network has
-hundreds. CPUs and TPUs lose nothing by that. A GPU is kept waiting: each kernel has to be launched
-by its host, and most of these end before the next one is there. So on GPUs parameters, moments and
-averages lie in a few long vectors, the buckets, from step to step, and the network gets slices of
-them. The gradients of a bucket travel between devices together.
+hundreds. A GPU is kept waiting: each kernel has to be launched by its host, and most of these end
+before the next one is there. A CPU runs them as fast as others, but compiles them longer than the
+network of a small run. So on both parameters, moments and averages lie in a few long vectors, the
+buckets, from step to step, and the network gets slices of them. The gradients of a bucket travel
+between devices together. A TPU lays vectors out in tiles and would lose by it.
 
 The two forms hold the same numbers. Checkpoints, samples and held-out losses see the tree alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,16 +58,24 @@ class TreeForm:
 class FlatForm(TreeForm):
     """The state with each tree of parameters in buckets: a tuple of float32 vectors.
 
-    The leaves lie one after the other in the order of the tree, and none is torn apart.
+    The leaves lie one after the other in the order of the tree, and none is torn apart. Forms of
+    the same layout are equal, and share their compiled conversions.
 
     Args:
       config: of the run, whose network and optimizer say what the state is.
       network: as `build_train_step` takes it.
       bucket: elements that a bucket holds before the next one begins.
+      out_first: whether filters [h,w,in,out] lie as [out,h,w,in], the order that GPUs convolve
+        with.
     """
 
     def __init__(
-        self, config: Config, network: Network | None = None, bucket: int = BUCKET
+        self,
+        config: Config,
+        network: Network | None = None,
+        bucket: int = BUCKET,
+        *,
+        out_first: bool = True,
     ) -> None:
         params = abstract_params(config, network)
         leaves, self._tree = jax.tree.flatten(params)
@@ -74,28 +85,33 @@ class FlatForm(TreeForm):
         ends = np.cumsum([leaf.size for leaf in leaves])
         numbers = (ends - 1) // bucket
         self._buckets = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
-        self._to_flat, self._to_tree = (
-            jax.jit(self._of_state(convert)) for convert in (self.join, self.split)
-        )
-        self._cut = jax.jit(self.split)
+        self._out_first = out_first
+        sizes = tuple(len(bucket) for bucket in self._buckets)
+        self._layout = (jax.tree.structure(self._state), tuple(self._shapes), sizes, out_first)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlatForm) and self._layout == other._layout
+
+    def __hash__(self) -> int:
+        return hash(self._layout)
 
     def pack(self, state: TrainState) -> TrainState:
         """Return the state with its trees of parameters in buckets, as a copy."""
-        return self._to_flat(state)
+        return self._of_state(functools.partial(_joined, self), state)
 
     def unpack(self, state: TrainState) -> TrainState:
         """Return the state with its buckets as trees, as a copy."""
-        return self._to_tree(state)
+        return self._of_state(self.tree, state)
 
     def tree(self, params: Params) -> Params:
         """Return the tree of buckets, as a copy."""
-        return self._cut(params)
+        return _cut(self, params)
 
     def join(self, params: Params) -> Params:
         """Join the leaves of a tree like the parameters to buckets."""
         leaves = self._tree.flatten_up_to(params)
         return tuple(
-            jnp.concatenate([_in_memory(leaves[number]).reshape(-1) for number in bucket])
+            jnp.concatenate([self._in_memory(leaves[number]).reshape(-1) for number in bucket])
             for bucket in self._buckets
         )
 
@@ -116,39 +132,43 @@ class FlatForm(TreeForm):
                     start += sum(sizes)
                     continue
                 for shape, size in zip(shapes, sizes):
-                    leaves.append(_from_memory(vector[start : start + size], shape))
+                    leaves.append(self._from_memory(vector[start : start + size], shape))
                     start += size
         return self._tree.unflatten(leaves)
 
-    def _of_state(self, convert: Any) -> Any:
-        """Apply `convert` to whatever in a state is like the parameters: moments and averages."""
+    def _of_state(self, convert: Callable[[Params], Params], state: TrainState) -> TrainState:
+        """Apply `convert` to whatever in a state is like the parameters: moments and averages.
+
+        Tree by tree, so that one small program does for all of them.
+        """
 
         def is_params(node: Any) -> bool:
             return jax.tree.structure(node) == self._tree
 
-        def of_state(state: TrainState) -> TrainState:
-            return jax.tree.map(
-                lambda like, part: convert(part) if is_params(like) else part,
-                self._state,
-                state,
-                is_leaf=is_params,
-            )
+        return jax.tree.map(
+            lambda like, part: convert(part) if is_params(like) else jnp.copy(part),
+            self._state,
+            state,
+            is_leaf=is_params,
+        )
 
-        return of_state
+    def _in_memory(self, leaf: jax.Array) -> jax.Array:
+        """Give a leaf the order of axes that it has in a bucket."""
+        return jnp.moveaxis(leaf, -1, 0) if self._out_first and leaf.ndim == 4 else leaf
+
+    def _from_memory(self, vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Give a piece of a bucket the shape of its leaf again."""
+        if self._out_first and len(shape) == 4:
+            return jnp.moveaxis(vector.reshape(shape[-1], *shape[:-1]), 0, -1)
+        return vector.reshape(shape)
 
 
-def _in_memory(leaf: jax.Array) -> jax.Array:
-    """Turn filters [h,w,in,out] into [out,h,w,in], the order that GPUs convolve with."""
-    return jnp.moveaxis(leaf, -1, 0) if leaf.ndim == 4 else leaf
-
-
-def _from_memory(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Give a piece of a bucket the shape of its leaf again."""
-    if len(shape) == 4:
-        return jnp.moveaxis(vector.reshape(shape[-1], *shape[:-1]), 0, -1)
-    return vector.reshape(shape)
+_joined = jax.jit(FlatForm.join, static_argnums=0)
+_cut = jax.jit(FlatForm.split, static_argnums=0)
 
 
 def state_form(config: Config, devices: Devices, network: Network | None = None) -> TreeForm:
     """Return the form of the state that suits the platform of `devices`."""
-    return FlatForm(config, network) if devices.platform in ("gpu", "cuda") else TreeForm()
+    if devices.platform == "tpu":
+        return TreeForm()
+    return FlatForm(config, network, out_first=devices.platform != "cpu")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.parallel.devices import AXIS, Devices, by_pmap, by_shard_map
+from ddpm_jax.training.form import state_form
 from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import build_train_step
 from tests.support.processes import assert_bit_equal
@@ -40,13 +41,15 @@ def test_each_device_has_its_rows_and_they_come_back_in_order(way) -> None:
 def test_several_hosts_take_the_very_steps_of_one() -> None:
     """They map in another way: the same bits on every device, and the old state is given up."""
     config = tiny_config()
-    devices, step = Devices(jax.devices()[:2]), build_train_step(config)
+    devices = Devices(jax.devices()[:2])
+    form = state_form(config, devices)
+    step = build_train_step(config, form)
     several = by_shard_map(
         functools.partial(step, axis_name=AXIS), devices.devices, out=None, donate=True
     )
     ends = []
     for mapped in (devices.map_step(step), several):
-        state = devices.replicate(init_state(config))
+        state = form.pack(devices.replicate(init_state(config)))
         for number in range(3):
             before = jax.tree.leaves(state)
             state, metrics = mapped(state, devices.place({"image": images(config, 16, number)}))

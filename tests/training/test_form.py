@@ -1,4 +1,4 @@
-"""The two forms of the state hold the same numbers; on GPUs nothing is done leaf by leaf."""
+"""The two forms of the state hold the same numbers; in the flat one nothing is done leaf by leaf."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def run(config, form, devices, steps=4):
     return state, {name: float(value) for name, value in metrics.items()}
 
 
-def test_packing_loses_nothing():
+@pytest.mark.parametrize("out_first", [False, True])
+def test_packing_loses_nothing(out_first):
     config = tiny_config()
-    form = FlatForm(config, bucket=BUCKET)
+    form = FlatForm(config, bucket=BUCKET, out_first=out_first)
     state = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype),
         init_state(config),
@@ -59,6 +60,16 @@ def test_a_filter_lies_in_a_bucket_as_gpus_convolve_with_it():
     np.testing.assert_array_equal(
         vector[start : start + kernel.size], kernel.transpose(3, 0, 1, 2).reshape(-1)
     )
+    (vector,) = FlatForm(config, out_first=False).join(params)
+    np.testing.assert_array_equal(vector[start : start + kernel.size], kernel.reshape(-1))
+
+
+def test_a_copy_is_a_copy():
+    """What was packed outlives the step that takes the copy's memory."""
+    config = tiny_config()
+    form, state = FlatForm(config), init_state(config)
+    jax.tree.map(lambda leaf: leaf.delete(), form.pack(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(
@@ -117,10 +128,12 @@ def test_the_platform_decides():
     config = tiny_config()
 
     class There:
-        platform = "gpu"
+        def __init__(self, platform):
+            self.platform = platform
 
-    assert type(state_form(config, Devices())) is TreeForm
-    assert type(state_form(config, There())) is FlatForm
+    assert type(state_form(config, There("tpu"))) is TreeForm
+    assert state_form(config, There("gpu")) == FlatForm(config)
+    assert state_form(config, Devices()) == FlatForm(config, out_first=False) != FlatForm(config)
 
 
 # ------------------------------------------------------------------------------- nothing leaf by leaf

@@ -21,8 +21,8 @@ from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.training import loop
 from ddpm_jax.training.monitor import HeldOut
 from ddpm_jax.training.state import TrainState, init_state
-from ddpm_jax.training.step import build_train_step
 from tests.support.processes import final_state, metrics
+from tests.support.steps import mapped_step, plain_step
 from tests.support.tiny import images as random_images
 from tests.support.tiny import tiny_config
 
@@ -89,7 +89,7 @@ def test_the_loop_takes_its_steps_on_the_images_of_its_seed(run: Run) -> None:
             for epoch in range(3)
         ]
     )
-    state, step = ONE.replicate(init_state(config)), ONE.map_step(build_train_step(config))
+    state, step = ONE.replicate(init_state(config)), mapped_step(config, ONE)
     rows = []
     for number in range(LAST):
         batch = {"image": data[order[16 * number : 16 * number + 16]]}
@@ -169,7 +169,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_only_the_counters() -
     params["conv_out"]["kernel"] = np.full(kernel.shape, 1e14, np.float32)
     state = init_state(config, params).replace(step=jnp.int32(4), updates=jnp.int32(4))
     batch = {"image": random_images(config, 16)}
-    after, metrics = jax.jit(build_train_step(config))(state, batch)
+    after, metrics = plain_step(config)(state, batch)
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
     assert (float(metrics["skipped"]), float(metrics["nonfinite_streak"])) == (1, 1)
     counters = {"step": jnp.int32(5), "nonfinite_streak": jnp.int32(1)}

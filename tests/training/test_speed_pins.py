@@ -20,6 +20,7 @@ from ddpm_jax.parallel import programs
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import waiting
 from ddpm_jax.training import loop, monitor
+from ddpm_jax.training.form import state_form
 from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import build_train_step
 from tests.support.tiny import images, tiny_config
@@ -29,9 +30,10 @@ def prepared(config: Config, count: int):
     """The mapped step, its state and its placed batch on `count` devices."""
     devices = Devices(jax.devices()[:count])
     batch = {"image": images(config, config.train.batch_size)}
+    form = state_form(config, devices)
     return (
-        devices.map_step(build_train_step(config)),
-        devices.replicate(init_state(config)),
+        devices.map_step(build_train_step(config, form)),
+        form.pack(devices.replicate(init_state(config))),
         devices.place(batch),
     )
 

@@ -18,6 +18,7 @@ from ddpm_jax.training.state import (
     learning_rate_schedule,
 )
 from ddpm_jax.training.step import build_train_step
+from tests.support.steps import plain_step
 from tests.support.tiny import images, tiny_config
 
 RATE, STEPS = 3e-3, 40
@@ -74,7 +75,7 @@ def test_the_published_rate_is_the_one_that_was_applied():
     """Update n of the step itself: the length of the update over that of Adam's direction."""
     options = {"learning_rate": RATE, "warmup_steps": 2, "schedule": "cosine"}
     config = tiny_config(optimizer=options | {"final_fraction": 0.5})
-    step, state = jax.jit(build_train_step(config)), init_state(config)
+    step, state = plain_step(config), init_state(config)
     batch = {"image": jnp.asarray(images(config, config.train.batch_size))}
     want = rates("cosine", 2, 0.5, config.train.steps, np.arange(config.train.steps))
     for n in range(config.train.steps):

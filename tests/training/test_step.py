@@ -15,7 +15,8 @@ import pytest
 from ddpm_jax.config import Config
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.training.state import TrainState, ema_name, init_state
-from ddpm_jax.training.step import build_held_out_loss, build_train_step, ema_decay, random_flips
+from ddpm_jax.training.step import build_held_out_loss, ema_decay, random_flips
+from tests.support.steps import mapped_step, plain_step
 from tests.support.tiny import images, tiny_config
 
 
@@ -23,7 +24,7 @@ def run(config: Config, devices: int, steps: int) -> tuple[TrainState, list[dict
     place = Devices(jax.devices()[:devices])
     state, step, rows = (
         place.replicate(init_state(config)),
-        place.map_step(build_train_step(config)),
+        mapped_step(config, place),
         [],
     )
     for i in range(steps):
@@ -96,7 +97,7 @@ def test_the_new_state_is_bit_equal_on_every_device():
 
 def test_without_devices_the_step_is_a_plain_function():
     config = tiny_config()
-    step = jax.jit(build_train_step(config))
+    step = plain_step(config)
     state, metrics = step(init_state(config), batch(config, 0))
     state, metrics = step(state, batch(config, 1))
     np.testing.assert_allclose(metrics["loss"], reference()[1][1]["loss"], rtol=2e-5)
@@ -107,7 +108,7 @@ def test_averages_follow_their_recurrence_exactly():
     """With a decay of many nines too, which six digits would round to 1: no update at all."""
     decays = (0.9, 0.99, 0.9999999)
     config = tiny_config(train={"ema_decays": decays})
-    step, state = jax.jit(build_train_step(config)), init_state(config)
+    step, state = plain_step(config), init_state(config)
     expected = {
         decay: jax.tree.map(lambda p: np.asarray(p, np.float64), state.params) for decay in decays
     }
@@ -146,7 +147,7 @@ def test_average_of_unchanged_weights_is_exactly_them():
     """The first update has learning rate 0: weights and averages must be bit-equal after it."""
     config = tiny_config()
     start = init_state(config)
-    state, metrics = jax.jit(build_train_step(config))(start, batch(config, 0))
+    state, metrics = plain_step(config)(start, batch(config, 0))
     assert float(metrics["learning_rate"]) == 0
     for average in state.ema.values():
         jax.tree.map(np.testing.assert_array_equal, average, start.params)
@@ -166,7 +167,7 @@ def test_ema_warmup_starts_near_a_plain_mean_and_ends_at_the_decay():
 
 def test_a_step_that_is_not_finite_changes_only_the_counters():
     config = tiny_config()
-    step = jax.jit(build_train_step(config))
+    step = plain_step(config)
     good, _ = step(init_state(config), batch(config, 0))
     poisoned = good.replace(params=jax.tree.map(lambda p: p * jnp.nan, good.params))
     bad, metrics = step(poisoned, batch(config, 1))
@@ -194,7 +195,7 @@ def test_the_gradient_is_clipped_after_its_norm_is_taken():
     The clip is far below the gradient.
     """
     config = tiny_config(optimizer={"gradient_clip": 1e-3})
-    state, metrics = jax.jit(build_train_step(config))(init_state(config), batch(config, 0))
+    state, metrics = plain_step(config)(init_state(config), batch(config, 0))
     assert float(metrics["gradient_norm"]) > 0.01
     moment = jax.tree.leaves(state.opt_state[1][0].mu)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in moment))
@@ -222,7 +223,7 @@ def test_one_batch_is_overfitted():
         data={"flip": False},
         optimizer={"learning_rate": 5e-3, "warmup_steps": 10},
     )
-    step, state, same = jax.jit(build_train_step(config)), init_state(config), batch(config, 0)
+    step, state, same = plain_step(config), init_state(config), batch(config, 0)
     same["image"] = np.repeat(same["image"][:1], 16, axis=0)
     losses = []
     for _ in range(150):
@@ -239,7 +240,7 @@ def test_hidden_labels_do_not_train_the_label_embedding():
         )
         # the projections behind the embedding start near zero, and so does its gradient: it is the
         # first moment that tells
-        state, _ = jax.jit(build_train_step(config))(init_state(config), batch(config, 0))
+        state, _ = plain_step(config)(init_state(config), batch(config, 0))
         moved[rate] = float(jnp.abs(state.opt_state[1][0].mu["label_embedding"]).max())
     assert moved[0.0] > 0 and moved[1.0] == 0
 

@@ -21,7 +21,8 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.timesteps import LossHistory
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.training.state import TrainState, init_state
-from ddpm_jax.training.step import build_train_step, random_flips
+from ddpm_jax.training.step import random_flips
+from tests.support.steps import mapped_step
 from tests.support.tiny import images, tiny_config
 
 # The numbers of the streams are part of every run's identity.
@@ -267,7 +268,7 @@ def test_steps_are_algorithm_1_written_out(name: str) -> None:
     if start.loss_history is not None:
         history = wide(start.loss_history.losses).tolist()
     written = WrittenOut(config, start.params, history, FIRST_STEP)
-    state, step = devices.replicate(start), devices.map_step(build_train_step(config))
+    state, step = devices.replicate(start), mapped_step(config, devices)
     for number in range(STEPS):
         batch = batch_of(config, number)
         state, metrics = step(state, devices.place(batch))
