@@ -49,8 +49,9 @@ class GroupNorm(nn.Module):
         return _normalize(x, scale, bias, self.groups, self.epsilon, jnp.dtype(self.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _normalize(
+# Traced once a shape, and inlined wherever it stands: a network has dozens of norms of few shapes.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _for_platform(
     x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float, dtype: jnp.dtype
 ) -> jax.Array:
     how = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
@@ -64,6 +65,9 @@ def _normalize(
     )
 
 
+_normalize = jax.custom_vjp(_for_platform, nondiff_argnums=(3, 4, 5))
+
+
 def _forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *how: object
 ) -> tuple[jax.Array, Gradients]:
@@ -73,9 +77,24 @@ def _forward(
 def _backward(
     groups: int, epsilon: float, dtype: jnp.dtype, inputs: Gradients, dy: jax.Array
 ) -> Gradients:
+    return _gradients_for_platform(*inputs, dy, groups, epsilon, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _gradients_for_platform(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    dy: jax.Array,
+    groups: int,
+    epsilon: float,
+    dtype: jnp.dtype,
+) -> Gradients:
     how = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
     return jax.lax.platform_dependent(
-        *inputs,
+        x,
+        scale,
+        bias,
         dy,
         cpu=functools.partial(gradients_by_channels, **how),
         cuda=functools.partial(gradients_in_one_pass, **how),

@@ -24,6 +24,7 @@ from ddpm_jax.config import save_json
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.network import normalization
 from ddpm_jax.parallel.devices import Devices
+from tests.support.norms import traced_anew
 from tests.support.tiny import tiny_config
 
 
@@ -116,7 +117,8 @@ def test_group_norm_is_timed_in_the_form_that_the_network_has(monkeypatch):
 
     monkeypatch.setattr(normalization, "by_channels", by_channels)
     config = tiny_config()
-    parts = [name for name, *_ in components.components(config, 2)]
+    with traced_anew():
+        parts = [name for name, *_ in components.components(config, 2)]
     assert {"GroupNorm and SiLU", "GroupNorm and SiLU, gradients"} <= set(parts)
     expected = (2, 8, 8, 8), config.model.group_norm_groups, config.model.group_norm_epsilon
     assert seen and set(seen) == {expected}

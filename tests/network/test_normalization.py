@@ -13,6 +13,7 @@ import pytest
 
 from ddpm_jax.network import normalization
 from ddpm_jax.network.normalization import GroupNorm
+from tests.support.norms import traced_anew
 
 EPSILON = 1e-6
 
@@ -38,7 +39,8 @@ def platform(request, monkeypatch):
         return choose(*args, default=forms[request.param])
 
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
-    return request.param
+    with traced_anew():
+        yield request.param
 
 
 def draw(c: int, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
