@@ -138,9 +138,7 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__)
 
     def save(self, step: int, state: Any, held_out: float | None = None) -> None:
-        """Start writing `state` as checkpoint `step`; training may go on at once.
-
-        The state may be donated while the write is under way.
+        """Start writing `state` as checkpoint `step`; it may be given to the next step at once.
 
         Args:
           held_out: the held-out loss at this step, if it was measured.
@@ -203,6 +201,8 @@ class Checkpoints:
         # It comes from a thread and a storage library of Orbax's, under many names.
         except Exception as error:
             self._failed = True
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # another host was lost while they met over this save, and no disk failed
             raise WorkdirError(
                 f"{self.folder}: a checkpoint cannot be written ({reason(error)}); "
                 f"{self._last_good(step)}: {remedy(error, self.folder)}"

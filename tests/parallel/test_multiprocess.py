@@ -38,6 +38,7 @@ from tests.support.processes import (
     metrics_seen,
     script,
     wait_for_step,
+    wait_until,
     write_config,
 )
 from tests.support.tiny import tiny_config
@@ -237,6 +238,13 @@ def test_a_host_that_dies_or_hangs_ends_the_other_in_time(tmp_path, host, number
     workdir, flags = endless(tmp_path, checkpoint_every=5)
     processes = start("train.py", *flags)
     wait_for_step(workdir, 8, processes[0])
+
+    def saved() -> bool:
+        """Whether what both hosts save beside the steps is whole: these run ahead of it."""
+        with Checkpoints.reading(workdir) as checkpoints:
+            return bool(checkpoints.steps())
+
+    wait_until(saved, processes[0], "a checkpoint")
     processes[host].send_signal(number)
     died = time.monotonic()
     survivor = finish(processes[1 - host])

@@ -134,10 +134,15 @@ class Programs:
 
         return program
 
+    def _network(self, config: Config, network: Any) -> Any:
+        """Return what the parameters that a run begins with depend on, beside its seed."""
+        mine = config.model, build.image_shape(config), config.output_channels
+        return repr(mine), identity(network)
+
     def _traced_once(self, init: Callable[..., Any]) -> Callable[..., Any]:
         def traced(config: Config, network: Any, seed: jax.Array) -> Any:
             try:
-                key = identity((config, network))
+                key = self._network(config, network)
             except (Unknown, ValueError):
                 return init(config, network, seed)
             if not self.shared:
@@ -151,7 +156,7 @@ class Programs:
     def _drawn_once(self, init_params: Callable[..., Any]) -> Callable[..., Any]:
         def drawn(config: Config, network: Any = None) -> Any:
             try:
-                key = identity((config, network))
+                key = config.seed, self._network(config, network)
             except (Unknown, ValueError):
                 return init_params(config, network)
             if not self.shared:
