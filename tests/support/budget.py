@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-BUDGET = 25.0  # processor seconds of a test, compiling with a cold cache
+BUDGET = 20.0  # processor seconds of a test, compiling with a cold cache
 SHARED_BUDGET = 60.0  # of what it sets up, for other tests as well
 SUITES = ("slow", "multiprocess", "interop", "tpu", "gpu_ahead")  # markers that free a test from it
 
