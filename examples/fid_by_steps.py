@@ -64,7 +64,7 @@ def main():
     for count in counts:  # the short chains first, of all samplers
         for name, curve in curves.items():
             curve.append(fid(run, options, steps=count, **SAMPLERS[name]))
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         print(f"| {name} |", " | ".join(f"{value:.3f}" for value in curve), "|")
         ax.plot(counts, curve, marker=".", label=name)
@@ -78,7 +78,7 @@ def main():
     ax.xaxis.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
-    ax.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(output, dpi=120)
     print(f"wrote {output}")
 
