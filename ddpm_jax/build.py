@@ -24,13 +24,18 @@ from ddpm_jax.network.unet import UNet, cast_params
 Bind = Callable[[Params, jax.Array | None], Denoiser]
 
 
+def network_key(config: Config) -> str:
+    """Return what two configs share if their networks have the same parameters and operations."""
+    return repr((config.model, image_shape(config), config.output_channels))
+
+
 def once_a_network(compute: Callable[[Config], Any]) -> Callable[[Config], Any]:
     """Remember what `compute` returns of each network: tracing one takes seconds."""
     known: dict[str, Any] = {}
 
     @functools.wraps(compute)
     def remembered(config: Config) -> Any:
-        network = repr((config.model, image_shape(config), config.output_channels))
+        network = network_key(config)
         if network not in known:
             known[network] = compute(config)
         return known[network]

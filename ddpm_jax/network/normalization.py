@@ -49,9 +49,11 @@ class GroupNorm(nn.Module):
         return _normalize(x, scale, bias, self.groups, self.epsilon, jnp.dtype(self.dtype))
 
 
-# Traced once a shape, and inlined wherever it stands: a network has dozens of norms of few shapes.
+# This and its gradient are traced once a shape, and inlined wherever they stand: a network has
+# dozens of norms of few shapes.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
-def _for_platform(
+def _normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float, dtype: jnp.dtype
 ) -> jax.Array:
     how = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
@@ -65,36 +67,19 @@ def _for_platform(
     )
 
 
-_normalize = jax.custom_vjp(_for_platform, nondiff_argnums=(3, 4, 5))
-
-
 def _forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *how: object
 ) -> tuple[jax.Array, Gradients]:
     return _normalize(x, scale, bias, *how), (x, scale, bias)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _backward(
     groups: int, epsilon: float, dtype: jnp.dtype, inputs: Gradients, dy: jax.Array
 ) -> Gradients:
-    return _gradients_for_platform(*inputs, dy, groups, epsilon, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
-def _gradients_for_platform(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    dy: jax.Array,
-    groups: int,
-    epsilon: float,
-    dtype: jnp.dtype,
-) -> Gradients:
     how = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
     return jax.lax.platform_dependent(
-        x,
-        scale,
-        bias,
+        *inputs,
         dy,
         cpu=functools.partial(gradients_by_channels, **how),
         cuda=functools.partial(gradients_in_one_pass, **how),

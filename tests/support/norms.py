@@ -11,7 +11,7 @@ from ddpm_jax.network import normalization
 @contextlib.contextmanager
 def traced_anew() -> Iterator[None]:
     """Let norms choose their form anew inside, and again afterwards."""
-    kept = normalization._for_platform, normalization._gradients_for_platform
+    kept = normalization._normalize.fun, normalization._backward
     for traces in kept:
         traces.clear_cache()
     yield

@@ -136,8 +136,7 @@ class Programs:
 
     def _network(self, config: Config, network: Any) -> Any:
         """Return what the parameters that a run begins with depend on, beside its seed."""
-        mine = config.model, build.image_shape(config), config.output_channels
-        return repr(mine), identity(network)
+        return build.network_key(config), identity(network)
 
     def _traced_once(self, init: Callable[..., Any]) -> Callable[..., Any]:
         def traced(config: Config, network: Any, seed: jax.Array) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +128,8 @@ def test_a_run_in_flat_form_resumes_exactly_and_its_checkpoints_are_trees(tmp_pa
 def test_the_platform_decides():
     config = tiny_config()
 
-    class There:
-        def __init__(self, platform):
-            self.platform = platform
-
-    assert type(state_form(config, There("tpu"))) is TreeForm
-    assert state_form(config, There("gpu")) == FlatForm(config)
+    assert type(state_form(config, SimpleNamespace(platform="tpu"))) is TreeForm
+    assert state_form(config, SimpleNamespace(platform="gpu")) == FlatForm(config)
     assert state_form(config, Devices()) == FlatForm(config, out_first=False) != FlatForm(config)
 
 
