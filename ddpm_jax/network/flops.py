@@ -37,7 +37,10 @@ def _turns(equation: JaxprEqn) -> int:
 
 
 def _inside(equation: JaxprEqn) -> int:
-    """Count what the functions that the equation calls do; of several branches, the dearest."""
+    """Count what the functions that the equation calls do; of several branches, the dearest.
+
+    Of the forms that a platform may have of its own, the one that all others get is the definition.
+    """
 
     def is_jaxpr(value: Any) -> bool:
         return isinstance(value, (Jaxpr, ClosedJaxpr))
@@ -45,4 +48,7 @@ def _inside(equation: JaxprEqn) -> int:
     called = filter(is_jaxpr, jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr))
     inner = [value.jaxpr if isinstance(value, ClosedJaxpr) else value for value in called]
     counts = [count_flops(jaxpr) for jaxpr in inner]
-    return max(counts, default=0) if equation.primitive.name == "cond" else sum(counts)
+    if equation.primitive.name != "cond":
+        return sum(counts)
+    platforms = equation.params.get("branches_platforms") or ()
+    return counts[platforms.index(None)] if None in platforms else max(counts)

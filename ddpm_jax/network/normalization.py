@@ -1,15 +1,16 @@
 """Compute GroupNorm in the form that suits the platform it is compiled for.
 
-TPUs get flax's and nothing else. It sums over the pixels and the channels of a group at once, which
-XLA does badly elsewhere. So on CPUs and NVIDIA GPUs the pixels are summed first, one sum a channel,
-and then the few sums of each group. The gradient is written out, in one pass for its sums and one
-for itself.
+Flax's sums over the pixels and the channels of a group at once, which XLA does badly. So on CPUs,
+TPUs and NVIDIA GPUs the pixels are summed first, one sum a channel, and then the few sums of each
+group; on TPUs by a matrix product, as each of several small operations would have a price of its
+own. The gradient is written out, in one pass for its sums and one for itself.
 
-E[x^2] - E[x]^2 would lose the variance to a large mean. CPUs take it around the mean, in a second
-pass, as flax does. A GPU would wait for memory, and for twice as many kernels: there both sums come
-from one pass over the differences from a pixel of the channel, its first. The pixel is one of those
-that are summed, so that its distance from their mean is at most sqrt(n) deviations, and n = h w
-roundings are the most that the variance can lose; few, unless the pixel is far from all others.
+E[x^2] - E[x]^2 would lose the variance to a large mean. CPUs and TPUs take it around the mean, in a
+second pass, as flax does. A GPU would wait for memory, and for twice as many kernels: there both
+sums come from one pass over the differences from a pixel of the channel, its first. The pixel is
+one of those that are summed, so that its distance from their mean is at most sqrt(n) deviations,
+and n = h w roundings are the most that the variance can lose; few, unless the pixel is far from all
+others.
 
 Statistics are float32 whatever x is. The results of all forms differ by rounding alone.
 """
@@ -17,6 +18,7 @@ Statistics are float32 whatever x is. The results of all forms differ by roundin
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
+Average = Callable[[jax.Array, int], jax.Array]
 
 
 class GroupNorm(nn.Module):
@@ -61,7 +64,8 @@ def _normalize(
         x,
         scale,
         bias,
-        cpu=functools.partial(by_channels, **how),
+        cpu=functools.partial(by_channels, average=_group_mean, **how),
+        tpu=functools.partial(by_channels, average=_product_mean, **how),
         cuda=functools.partial(in_one_pass, **how),
         default=functools.partial(plain, **how),
     )
@@ -81,7 +85,8 @@ def _backward(
     return jax.lax.platform_dependent(
         *inputs,
         dy,
-        cpu=functools.partial(gradients_by_channels, **how),
+        cpu=functools.partial(gradients_by_channels, average=_group_mean, **how),
+        tpu=functools.partial(gradients_by_channels, average=_product_mean, **how),
         cuda=functools.partial(gradients_in_one_pass, **how),
         default=functools.partial(plain_gradients, **how),
     )
@@ -119,9 +124,14 @@ def by_channels(
     groups: int,
     epsilon: float,
     dtype: DTypeLike,
+    average: Average,
 ) -> jax.Array:
-    """Normalise with sums by channels, the form for CPUs."""
-    centred, rsqrt = _standardize(x, groups, epsilon)
+    """Normalise with sums by channels, the form for CPUs and TPUs.
+
+    Args:
+      average: means over groups, as `_group_mean` takes them.
+    """
+    centred, rsqrt = _standardize(x, groups, epsilon, average)
     return (centred * _over_pixels(rsqrt * scale[None]) + bias[None, None, None]).astype(dtype)
 
 
@@ -134,6 +144,7 @@ def gradients_by_channels(
     groups: int,
     epsilon: float,
     dtype: DTypeLike,
+    average: Average,
 ) -> Gradients:
     """Compute the gradients of `by_channels` in x, scale and bias.
 
@@ -141,11 +152,11 @@ def gradients_by_channels(
 
     with r = 1/sqrt(variance + epsilon) and means over a group.
     """
-    centred, r = _standardize(x, groups, epsilon)
+    centred, r = _standardize(x, groups, epsilon, average)
     dy = dy.astype(jnp.float32)
     total, moment = dy.sum(axis=(1, 2)), (dy * centred).sum(axis=(1, 2))
     pixels = x.shape[1] * x.shape[2]
-    mean, slope = (_group_mean(scale[None] * sums, groups) / pixels for sums in (total, moment))
+    mean, slope = (average(scale[None] * sums, groups) / pixels for sums in (total, moment))
     dx = (
         _over_pixels(r * scale[None]) * dy
         - _over_pixels(r * mean)
@@ -228,22 +239,30 @@ def _over_channels(values: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.repeat(values, x.shape[-1] // values.shape[1], axis=1)[:, None, None]
 
 
-def _standardize(x: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def _standardize(
+    x: jax.Array, groups: int, epsilon: float, average: Average
+) -> tuple[jax.Array, jax.Array]:
     """Return x less its group's mean, and 1/sqrt(variance + epsilon) of each channel's group.
 
     Both are float32, the second [b,c].
     """
     x = x.astype(jnp.float32)
-    centred = x - _over_pixels(_group_mean(x.mean(axis=(1, 2)), groups))
-    return centred, jax.lax.rsqrt(
-        _group_mean(jnp.square(centred).mean(axis=(1, 2)), groups) + epsilon
-    )
+    centred = x - _over_pixels(average(x.mean(axis=(1, 2)), groups))
+    return centred, jax.lax.rsqrt(average(jnp.square(centred).mean(axis=(1, 2)), groups) + epsilon)
 
 
 def _group_mean(values: jax.Array, groups: int) -> jax.Array:
     """Replace each of [b,c] by the mean of its group."""
     b, c = values.shape
     return jnp.repeat(values.reshape(b, groups, c // groups).mean(axis=-1), c // groups, axis=1)
+
+
+def _product_mean(values: jax.Array, groups: int) -> jax.Array:
+    """Replace each of [b,c] by the mean of its group, as a product with a constant matrix."""
+    size = values.shape[1] // groups
+    group = jnp.arange(values.shape[1]) // size
+    weights = jnp.where(group[:, None] == group[None], jnp.float32(1 / size), 0)
+    return jnp.dot(values, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def _over_pixels(values: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.ahead import compile
+from ddpm_jax.ahead import compile, programs
 from ddpm_jax.ahead.batches import fitting_batch, round_down
 from ddpm_jax.ahead.compile import compile_program
 from ddpm_jax.ahead.hlo import Collective, Program, array_bytes
@@ -32,6 +32,7 @@ from ddpm_jax.config import load_config
 from ddpm_jax.errors import ConfigError, TopologyError
 from ddpm_jax.network.flops import count_flops
 from ddpm_jax.parallel.devices import AXIS, Devices
+from ddpm_jax.training.form import TreeForm
 from ddpm_jax.training.state import abstract_state
 from ddpm_jax.training.step import build_train_step
 from tests.support.commands import command_module
@@ -227,6 +228,8 @@ def test_flops_of_what_can_be_counted_by_hand():
         flops(lambda a: jax.lax.cond(a.sum() > 0, lambda: a @ a, lambda: a @ a @ a), f((5, 5)))
         == 2 * 2 * 5**3
     )
+    forms = {"tpu": lambda a: a @ a @ a, "default": lambda a: a @ a}
+    assert flops(lambda a: jax.lax.platform_dependent(a, **forms), f((5, 5))) == 2 * 5**3
     assert flops(jax.jit(jax.checkpoint(product)), f((3, 5)), f((5, 7))) == 2 * 3 * 5 * 7
     assert flops(jnp.sin, f((3, 5))) == 0
 
@@ -626,6 +629,15 @@ def test_the_state_is_donated(smoke):
     memory = smoke[0]["train"]["memory"]
     assert memory["aliased"] >= 4 * 4 * smoke[0]["train"]["parameters"]
     assert memory["outputs"] - memory["aliased"] < 16_384  # what is left are the metrics
+
+
+@pytest.mark.tpu
+def test_vectors_joined_cost_less_than_leaf_by_leaf(monkeypatch):
+    """By the compiler's cycles: a small operation has a price of its own."""
+    config = tiny_config(model={"dtype": "bfloat16"})
+    joined = compiled("train", config, "v5e:2x2", 16)
+    monkeypatch.setattr(programs, "state_form", lambda config, devices: TreeForm())
+    assert joined.cycles < 0.95 * compiled("train", config, "v5e:2x2", 16).cycles
 
 
 @pytest.mark.tpu

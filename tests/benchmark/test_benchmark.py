@@ -111,7 +111,7 @@ def test_defaults_are_those_of_the_flags():
 def test_group_norm_is_timed_in_the_form_that_the_network_has(monkeypatch):
     seen = []
 
-    def by_channels(x, scale, bias, **how):
+    def by_channels(x, scale, bias, *, average, **how):
         seen.append((x.shape, how["groups"], how["epsilon"]))
         return normalization.plain(x, scale, bias, **how)
 

@@ -1,4 +1,4 @@
-"""GroupNorm as CPUs and GPUs compute it.
+"""GroupNorm as CPUs, GPUs and TPUs compute it.
 
 The oracles are the definition in float64, its gradient by finite differences, flax's parameters.
 """
@@ -30,7 +30,7 @@ def exact(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, groups: int) -> np
     return y * scale + bias
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda", "tpu"])
 def platform(request, monkeypatch):
     """The form of each platform, computed here."""
     choose = jax.lax.platform_dependent

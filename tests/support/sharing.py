@@ -26,7 +26,7 @@ from ddpm_jax import build
 from ddpm_jax.config import Config, to_dict
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.training import state
-from ddpm_jax.training.form import FlatForm, TreeForm
+from ddpm_jax.training.form import JoinedForm, TreeForm
 
 # What a run's loop reads, and no program.
 OF_THE_LOOP = (
@@ -84,7 +84,7 @@ def identity(value: Any) -> Any:
         return value.devices
     if type(value) is TreeForm:  # it has no state
         return TreeForm
-    if type(value) is FlatForm:  # equal where the layout is
+    if isinstance(value, JoinedForm):  # equal where the layout is
         return value
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -1,7 +1,8 @@
-"""The two forms of the state hold the same numbers; in the flat one nothing is done leaf by leaf."""
+"""All forms of the state hold the same numbers; in the flat one nothing is done leaf by leaf."""
 
 from __future__ import annotations
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.training import form as forms
 from ddpm_jax.training import loop, step
-from ddpm_jax.training.form import FlatForm, TreeForm, state_form
+from ddpm_jax.training.form import FlatForm, TreeForm, VectorForm, state_form
 from ddpm_jax.training.state import abstract_state, init_state
 from ddpm_jax.training.step import build_train_step
 from tests.support.processes import assert_bit_equal, final_state
@@ -35,20 +37,48 @@ def run(config, form, devices, steps=4):
     return state, {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("out_first", [False, True])
-def test_packing_loses_nothing(out_first):
-    config = tiny_config()
-    form = FlatForm(config, bucket=BUCKET, out_first=out_first)
-    state = jax.tree.map(
+def numbered(config):
+    """A state in which leaves of different sizes hold different numbers."""
+    return jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype),
         init_state(config),
     )
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+def test_packing_loses_nothing(out_first):
+    config = tiny_config()
+    form, state = FlatForm(config, bucket=BUCKET, out_first=out_first), numbered(config)
     packed = form.pack(state)
     assert 3 <= len(packed.params) <= 8
     assert {leaf.ndim for leaf in packed.params} == {1}
     assert len(jax.tree.leaves(packed)) < 5 * len(packed.params) + 10  # two moments, two averages
     assert_bit_equal(form.unpack(packed), state)
     assert_bit_equal(form.tree(packed.ema["0.9"]), state.ema["0.9"])
+
+
+def test_vectors_are_joined_and_the_rest_is_left_as_it_is():
+    config = tiny_config()
+    form, state = VectorForm(config), numbered(config)
+    vector, *others = form.pack(state).params
+    leaves = jax.tree.leaves(state.params)
+    expected = np.concatenate([leaf for leaf in leaves if leaf.ndim == 1])
+    assert_bit_equal((vector, others), (expected, [leaf for leaf in leaves if leaf.ndim > 1]))
+    assert len(others) < len(leaves) / 2
+    packed = form.pack(state)
+    assert_bit_equal(form.unpack(packed), state)
+    assert_bit_equal(form.tree(packed.ema["0.9"]), state.ema["0.9"])
+
+
+def test_a_network_without_vectors_is_a_tuple_of_its_leaves():
+    """One of the user's own may have scalars, and may have neither them nor vectors."""
+    leaves = {"a": jnp.ones((2, 3)), "b": jnp.float32(4), "c": jnp.arange(2.0)}
+    for kept, shapes in (("abc", [(3,), (2, 3)]), ("a", [(2, 3)])):
+        params = {name: leaves[name] for name in kept}
+        form = VectorForm(tiny_config(), Network(lambda key, params=params: params, None))
+        joined = form.join(params)
+        assert [leaf.shape for leaf in joined] == shapes
+        assert_bit_equal(form.split(joined), params)
 
 
 def test_a_filter_lies_in_a_bucket_as_gpus_convolve_with_it():
@@ -73,30 +103,33 @@ def test_a_copy_is_a_copy():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        pytest.param(
-            {"train": {"accumulation": 2}, "loss": {"timestep_sampling": "importance"}},
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_both_forms_take_the_same_steps(sections):
-    config = tiny_config(**sections)
-    form = FlatForm(config, bucket=BUCKET)
-    tree, of_tree = run(config, TreeForm(), 2)
-    flat, of_flat = run(config, form, 2)
-    assert of_tree.keys() == of_flat.keys()
+@functools.cache
+def as_trees(accumulation):
+    """What four steps leaf by leaf come to, on two devices, for the tests of the other forms."""
+    return run(stepping(accumulation), TreeForm(), 2)
+
+
+def stepping(accumulation):
+    importance = {"loss": {"timestep_sampling": "importance"}} if accumulation > 1 else {}
+    return tiny_config(train={"accumulation": accumulation}, **importance)
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [functools.partial(FlatForm, bucket=BUCKET), VectorForm])
+def test_all_forms_take_the_same_steps(form, accumulation):
+    config = stepping(accumulation)
+    form = form(config)
+    tree, of_tree = as_trees(accumulation)
+    state, metrics = run(config, form, 2)
+    assert of_tree.keys() == metrics.keys()
     for name, value in of_tree.items():
-        assert of_flat[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        form.unpack(flat),
+        form.unpack(state),
         tree,
     )
-    for leaf in jax.tree.leaves(flat):  # as it is on one device, so on the other
+    for leaf in jax.tree.leaves(state):  # as it is on one device, so on the other
         first, other = (np.asarray(shard.data) for shard in leaf.addressable_shards)
         np.testing.assert_array_equal(first, other)
 
@@ -128,7 +161,7 @@ def test_a_run_in_flat_form_resumes_exactly_and_its_checkpoints_are_trees(tmp_pa
 def test_the_platform_decides():
     config = tiny_config()
 
-    assert type(state_form(config, SimpleNamespace(platform="tpu"))) is TreeForm
+    assert state_form(config, SimpleNamespace(platform="tpu")) == VectorForm(config)
     assert state_form(config, SimpleNamespace(platform="gpu")) == FlatForm(config)
     assert state_form(config, Devices()) == FlatForm(config, out_first=False) != FlatForm(config)
 
