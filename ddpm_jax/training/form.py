@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.build import Params, abstract_params
+from ddpm_jax.build import Params
 from ddpm_jax.config import Config
 from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
@@ -70,10 +70,8 @@ class JoinedForm(TreeForm):
     """
 
     def __init__(self, config: Config, network: Network | None = None) -> None:
-        params = abstract_params(config, network)
-        leaves, self._tree = jax.tree.flatten(params)
-        self._layers = [path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         self._state = abstract_state(config, network)
+        leaves, self._tree = jax.tree.flatten(self._state.params)
         self._shapes = [leaf.shape for leaf in leaves]
         self._sizes = [leaf.size for leaf in leaves]
         self._layout: tuple[Hashable, ...] = (
@@ -142,6 +140,8 @@ class FlatForm(JoinedForm):
         out_first: bool = True,
     ) -> None:
         super().__init__(config, network)
+        paths = jax.tree_util.tree_leaves_with_path(self._state.params)
+        self._layers = [path[:-1] for path, _ in paths]
         numbers = (np.cumsum(self._sizes) - 1) // bucket
         self._buckets = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
         self._out_first = out_first

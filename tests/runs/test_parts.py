@@ -18,7 +18,7 @@ from ddpm_jax.runs import parts as module
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.workdir import claim_workdir, load_workdir_config
 from ddpm_jax.trained import open_trained
-from ddpm_jax.training.form import FlatForm, VectorForm
+from ddpm_jax.training.form import FlatForm, TreeForm, VectorForm
 from ddpm_jax.training.state import TrainState, abstract_state, init_state
 from tests.support.tiny import tiny_config
 
@@ -36,11 +36,11 @@ def numbers(config, seed: int) -> TrainState:
     return jax.tree.map(fill, abstract_state(config))
 
 
-@pytest.fixture(scope="module", params=[FlatForm, VectorForm])
+@pytest.fixture(scope="module", params=[TreeForm, FlatForm, VectorForm])
 def run(request, tmp_path_factory) -> tuple[Path, TrainState]:
-    """A run with checkpoint 7 of known numbers, saved by a training that carries either form."""
+    """A run with checkpoint 7 of known numbers, saved by a training that carries any of the forms."""
     workdir, config = tmp_path_factory.mktemp("run") / "run", tiny_config(**WIDE)
-    form = request.param(config)
+    form = TreeForm() if request.param is TreeForm else request.param(config)
     claim_workdir(workdir, config)
     state = numbers(config, 0)
     with Checkpoints(workdir) as checkpoints:
