@@ -15,13 +15,14 @@ from ddpm_jax import images
 from ddpm_jax.build import image_shape
 from ddpm_jax.config import Config, DataConfig, from_dict, override, save_json, validate
 from ddpm_jax.data import decoding
-from ddpm_jax.data.load import load_source
+from ddpm_jax.data.load import as_source, load_source
 from ddpm_jax.data.prepare import prepare_folder
 from ddpm_jax.errors import ConfigError, DataError, EvaluationError
 from ddpm_jax.evaluation.image_sets import of_array
 from ddpm_jax.evaluation.inception.features import Extractor
 from ddpm_jax.figures.originals import hole
 from ddpm_jax.weights.exporting import export_weights
+from tests.support.commands import command_module
 from tests.support.tiny import tiny_config
 
 WIDE = {"base_channels": 8, "channel_mult": (1, 1), "attention_resolutions": (4,)}
@@ -64,6 +65,22 @@ def test_training_samples_and_pictures_have_the_shape_of_the_data(run):
     np.testing.assert_array_equal(
         load_source(model.config.data, "nowhere", "train").images, levels[:-1]
     )
+
+
+def test_the_command_draws_them_too(run, tmp_path):
+    _, _, folder = run
+    picture = tmp_path / "grid.png"
+    said = ["--mode=grid", "--num_images=2", "--scale=3", "--steps=2", f"--output={picture}"]
+    command_module("sample").main([f"--workdir={folder / 'run'}", *said])
+    assert images.load_png(picture).shape == (3 * 8, 2 * 3 * 16 + 2, 4)
+
+
+def test_arrays_are_held_against_both_sides():
+    data = DataConfig(image_size=(8, 16), channels=4)
+    wide = np.zeros((3, 8, 16, 4), np.uint8)
+    assert as_source(wide, data).image_shape == (8, 16, 4)
+    with pytest.raises(DataError, match="source: images of 16x8x4, not 8x16x4: set config.data.im"):
+        as_source(wide.swapaxes(1, 2), data)
 
 
 def test_codes_and_likelihoods_have_it_too(run):

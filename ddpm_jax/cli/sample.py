@@ -286,7 +286,8 @@ def open_job(options: argparse.Namespace) -> Job:
         "--rederive_eps: only ddim and deis use eps_hat",
     )
     least = (options.num_images or 1) if options.mode == "grid" else 1
-    check_picture(least * (config.data.image_size * options.scale) ** 2)
+    height, width = config.data.sides
+    check_picture(least * height * width * options.scale**2)
     classes = config.model.num_classes
     unlabelled = (
         options.mode != "classes"

@@ -152,7 +152,7 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
         if len(images) == 0 or (labels is not None and labels.shape != images.shape[:1]):
             raise DataError(f"{name}: needs at least one image, and one label for each if any")
         source = ArraySource(images, labels)
-    expected = data.image_size, data.image_size, data.channels
+    expected = (*data.sides, data.channels)
     if tuple(source.image_shape) != expected:
         raise DataError(
             f"{name}: images of {'x'.join(map(str, source.image_shape))}, not "

@@ -6,7 +6,6 @@ written into config.json, and each says its reason, so that nothing is decided i
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ddpm_jax.data import decoding
 from ddpm_jax.data.classes import some_of
 from ddpm_jax.data.folder import HELD_OUT_EVERY, folder_classes, scan, split_folder
 from ddpm_jax.errors import DataError
+from ddpm_jax.machine import memory
 from ddpm_jax.parallel.devices import Devices
 
 SIZES = (256, 128, 64, 32, 16, 8)
@@ -174,7 +174,7 @@ def choose_data(
         flip=not survey.grey,
         padding=padding,
         crop=crop,
-        in_memory=pixels <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4,
+        in_memory=pixels <= memory() / 4,
         held_out_every=HELD_OUT_EVERY if survey.count >= 1000 else 10,
     )
     flip = "grey images may be letters or digits" if survey.grey else "not for letters or digits"

@@ -148,7 +148,7 @@ def describe_network(config: Config) -> str:
     model, (height, width) = config.model, config.data.sides
     attention = ", ".join(map(str, model.attention_resolutions)) or "the middle only"
     return (
-        f"{width}x{height}x{config.data.channels}, {model.base_channels} channels x "
+        f"{height}x{width}x{config.data.channels}, {model.base_channels} channels x "
         f"{model.channel_mult}, {model.blocks_per_level} blocks a level, attention at {attention}"
     )
 

@@ -20,6 +20,7 @@ from ddpm_jax.errors import ConfigError, WorkdirError
 from ddpm_jax.evaluation.inputs import Inputs
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.training import own_images
 from ddpm_jax.training.own_images import choose_config, choose_network
 from tests.support.commands import command_module
 
@@ -83,6 +84,15 @@ def test_what_one_says_wins_and_is_not_said_again(tmp_path):
     )
     assert (config.data.image_size, config.data.flip, config.seed) == (48, False, 3)
     assert "data.flip" not in {choice.field for choice in choices}
+
+
+def test_images_that_the_container_has_no_room_for_stay_on_disk(tmp_path, monkeypatch):
+    write(tmp_path / "in", 4, 16, 16)
+    pixels = 4 * 16 * 16 * 3
+    for allowed, kept in ((4 * pixels, True), (4 * pixels - 1, False)):
+        monkeypatch.setattr(own_images, "memory", lambda allowed=allowed: allowed)
+        config, _ = choose_config(tmp_path / "in", one_device())
+        assert config.data.in_memory is kept
 
 
 @pytest.mark.parametrize("fast", [True, False])
