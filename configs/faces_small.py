@@ -6,7 +6,7 @@ Command:   ddpm prepare-data --dataset=folder --source=FOLDER --name=celeba32 --
 Hardware:  two CPU cores: faces after an hour, better ones for each night more
 Expect:    docs/gallery.md shows what the weights that ship draw
 Source:    no paper. The cosine schedule, v and min-SNR weights draw faces after 2,000 steps, where
-           the paper's linear schedule and eps still draw noise and single colours (docs/gallery.md)
+           the paper's linear schedule and eps still draw noise (docs/diagnosis.md)
 """
 
 from ddpm_jax.config import (
