@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,7 +25,9 @@ from ddpm_jax.runs.data_origin import read_origin
 from ddpm_jax.runs.workdir import (
     LABELS,
     RECORD,
+    check_free,
     check_owner,
+    check_path,
     imported_weights,
     load_workdir_config,
 )
@@ -243,21 +244,40 @@ def unpack(name: str, devices: Devices, runs: Path = RUNS) -> Path:
     """Return the run directory `runs`/NAME of a network that ships, making it where needed.
 
     It is made at the first call, and again where it came from other weights than those that ship.
+    What was trained or measured there since is neither deleted nor taken for what ships.
 
     Raises:
-      WorkdirError: nothing of this name ships, or the directory cannot be written.
+      WorkdirError: nothing of this name ships, the directory cannot be written, or what it holds
+        is in the way.
     """
     if name not in names():
         raise WorkdirError(f"pretrained={name}: one of {_list_names()}")
     source, workdir = SHIPPED / name, runs / name
-    if jax.process_count() > 1:
-        with hosts.together():
-            if devices.is_main and not _is_made_of(workdir, source / WEIGHTS):
+    several = jax.process_count() > 1
+    with hosts.together() if several else contextlib.nullcontext():
+        if devices.is_main and not _is_as_shipped(workdir, source / WEIGHTS):
+            _check_unused(workdir, name)
+            if several:
                 _unpack_alone(name, runs)
-    elif not _is_made_of(workdir, source / WEIGHTS):
-        shutil.rmtree(workdir, ignore_errors=True)
-        save_imported(workdir, _import(source, "diffusers", []))
+            else:
+                save_imported(workdir, _import(source, "diffusers", []))
     return workdir
+
+
+def _check_unused(workdir: Path, name: str) -> None:
+    """Check that the run directory of a network that ships may be made, or made again.
+
+    Raises:
+      WorkdirError: its path does not serve, or something was done with what is there.
+    """
+    check_path(workdir)
+    try:
+        check_free(workdir)
+    except WorkdirError as error:
+        raise WorkdirError(
+            f"pretrained={name}: {workdir} was trained on, or used before other weights shipped: "
+            f"give workdir={workdir} for what is there, or move it away for what ships"
+        ) from error
 
 
 def _unpack_alone(name: str, runs: Path) -> None:
@@ -276,8 +296,10 @@ def _unpack_alone(name: str, runs: Path) -> None:
         )
 
 
-def _is_made_of(workdir: Path, file: Path) -> bool:
+def _is_as_shipped(workdir: Path, file: Path) -> bool:
+    """Return whether the weights of `file` are what opening the run directory gives."""
+    steps = {path.name for path in (workdir / "checkpoints").glob("[0-9]*")}
     try:
-        return read_json(workdir / RECORD)["files"] == [fingerprint(file)]
+        return steps == {"0"} and read_json(workdir / RECORD)["files"] == [fingerprint(file)]
     except (OSError, ValueError, KeyError, TypeError):
         return False

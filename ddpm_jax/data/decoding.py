@@ -1,7 +1,7 @@
 """Decode one image to uint8 pixels [h, w, c]: decode, crop, shrink, channels, border.
 
-`open_image` is the one place where the program opens an image that a user names or a data set
-holds, so that training, figures and evaluation see the same pixels of the same file.
+`open_image` decodes every image that is trained on, held out or compared with, so that training,
+figures and evaluation see the same pixels of the same file.
 
 Published FIDs on CelebA and LSUN differ by tens for no other reason than this file, so each step
 has one rule:

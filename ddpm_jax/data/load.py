@@ -148,10 +148,12 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
         images, labels = what if isinstance(what, tuple) and len(what) == 2 else (what, None)
         images = np.asarray(images)
         check_images(name, images)
-        labels = None if labels is None else np.asarray(labels, np.int32)
+        labels = None if labels is None else np.asarray(labels)
         if len(images) == 0 or (labels is not None and labels.shape != images.shape[:1]):
             raise DataError(f"{name}: needs at least one image, and one label for each if any")
-        source = ArraySource(images, labels)
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < 0):
+            raise DataError(f"{name}: labels must be whole numbers from 0 on")
+        source = ArraySource(images, None if labels is None else labels.astype(np.int32))
     expected = (*data.sides, data.channels)
     if tuple(source.image_shape) != expected:
         raise DataError(

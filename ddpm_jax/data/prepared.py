@@ -116,14 +116,15 @@ def class_names(folder: Path) -> tuple[str, ...]:
 def _crop_left(data: DataConfig, folder: Path, what: str) -> str:
     """Return what `data.crop` still has to do to images that were cropped when they were prepared.
 
-    They are square by then, and the same crop is not applied a second time: they are only shrunk.
+    They have its shape by then, and the same crop is not applied a second time: they are only
+    shrunk.
 
     Raises:
       DataError: they were cropped in another way, which nothing brings back.
     """
     done = crop_of(folder)
     if done == "none" or data.crop in ("none", "center"):
-        return data.crop  # the largest square of a square is the square
+        return data.crop  # the center crop keeps the whole of what has its shape
     if data.crop != done:
         raise DataError(
             f"{what} was prepared with crop={done}, config.data.crop={data.crop} comes too late: "

@@ -137,18 +137,19 @@ class Stream:
 
     Args:
       make: `make()` returns a new iterable of arrays uint8 [n,h,w,c], of any n, or of dicts
-        {"image": such an array, "label": int32 [n]}. It is called again where the iterable ends.
-        A run that goes on, and every host of several, calls it and skips what was read before. It
-        must therefore give the same images each time.
+        {"image": such an array, "label": whole numbers [n]}. It is called again where the iterable
+        ends. A run that goes on, and every host of several, calls it and skips what was read
+        before. It must therefore give the same images each time.
 
     Raises:
       DataError: the first item is not such an array.
     """
 
     def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
-        self._make = make
+        self._make, self._check_labels = make, lambda labels: None
         first = next(self.arrays())
         self.first: Batch = {name: column[:8] for name, column in first.items()}
+        self._first_labels = first.get("label")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -158,8 +159,14 @@ class Stream:
     def labelled(self) -> bool:
         return "label" in self.first
 
+    def check_each(self, check: Callable[[np.ndarray], None]) -> None:
+        """Call `check` with the labels of the first array now, and of each one as it is read."""
+        self._check_labels = check
+        if self._first_labels is not None:
+            check(self._first_labels)
+
     def arrays(self) -> Iterator[Batch]:
-        """Yield the items without end, each {"image": [n,h,w,c], "label": [n] where there are}.
+        """Yield the items without end: {"image": [n,h,w,c], "label": int32 [n] where there are}.
 
         Raises:
           DataError: an item that is not as the first one, or no item at all.
@@ -170,14 +177,19 @@ class Stream:
             for number, item in enumerate(self._make()):
                 batch = item if isinstance(item, dict) else {"image": item}
                 batch = {name: np.asarray(column) for name, column in batch.items()}
-                check_images(f"source: item {number} of the stream", batch.get("image"))
+                what = f"source: item {number} of the stream"
+                check_images(what, batch.get("image"))
                 if shape is None:
                     shape, names = batch["image"].shape[1:], set(batch)
                 if batch["image"].shape[1:] != shape or set(batch) != names:
                     raise DataError(
-                        f"source: item {number} of the stream is not as the first one, "
+                        f"{what} is not as the first one, "
                         f"{'x'.join(map(str, shape))} with {', '.join(sorted(names))}"
                     )
+                if "label" in batch:
+                    _check_stream_labels(what, batch["label"], len(batch["image"]))
+                    self._check_labels(batch["label"])
+                    batch["label"] = batch["label"].astype(np.int32)
                 empty = False
                 yield batch
             if empty:
@@ -191,6 +203,17 @@ def check_images(what: str, images: Any) -> None:
         if isinstance(images, np.ndarray):
             got = f"{images.dtype} {list(images.shape)}"
         raise DataError(f"{what} is {got}: must be images uint8 [n,h,w,c]")
+
+
+def _check_stream_labels(what: str, labels: np.ndarray, count: int) -> None:
+    """Raise DataError unless `labels` has one class for each of `count` images."""
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise DataError(
+            f"{what} has labels {labels.dtype} {list(labels.shape)} for {count} images: "
+            f"must be whole numbers [{count}], one for each"
+        )
+    if labels.min(initial=0) < 0:
+        raise DataError(f"{what} has the label {labels.min()}: classes are numbered from 0")
 
 
 def decode_into_memory(records: RecordSource, title: str, *, skip_bad: bool = False) -> Source:

@@ -38,7 +38,7 @@ class Network:
     """A network as two pure functions.
 
     Attributes:
-      init: `init(key) -> params`, a tree of float arrays.
+      init: `init(key) -> params`, a tree of float32 arrays.
       apply: `apply(params, x_t, t, labels, dropout) -> output`. x_t is [b,h,w,c], t int32 [b];
         labels is int32 [b], or None where the network has no classes; dropout is None outside of
         training. The output is [b,h,w,c], what `config.diffusion.prediction` says, with twice the
@@ -72,7 +72,7 @@ def adapt(network: Any, shape: tuple[int, int, int], classes: int) -> Network:
     from flax import nnx  # half a second that only these networks need
 
     if isinstance(network, nnx.Module):
-        return _from_nnx(network, classes)
+        return _from_nnx(network)
     raise ConfigError(
         f"network={type(network).__name__}: must be a Flax module (linen or nnx), or "
         "Network(init, apply) of two functions"
@@ -90,13 +90,16 @@ def check_network(
       classes: how many the network has; 0 for none.
 
     Raises:
-      ConfigError: a parameter that is not of floats, or an output of another shape.
+      ConfigError: a parameter that is not float32, or an output of another shape.
     """
     params = jax.eval_shape(network.init, jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        name = jax.tree_util.keystr(path)
-        check(floating, f"network: parameter {name} is not an array of floats")
+        # An average of fewer bits stands still: what a step adds to it is rounded away.
+        check(
+            leaf.dtype == jnp.float32,
+            f"network: parameter {jax.tree_util.keystr(path)} is {leaf.dtype}, must be float32: "
+            "cast it where the network uses it",
+        )
     x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
     out = jax.eval_shape(
@@ -145,7 +148,7 @@ def _from_linen(module: nn.Module, shape: tuple[int, int, int], classes: int) ->
     return Network(init, apply)
 
 
-def _from_nnx(module: Any, classes: int) -> Network:
+def _from_nnx(module: Any) -> Network:
     from flax import nnx
 
     graph, params, rest = nnx.split(module, nnx.Param, ...)

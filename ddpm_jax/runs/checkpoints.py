@@ -30,6 +30,7 @@ from ddpm_jax.runs.storage import (
     await_hash,
     check_written,
     custom_metadata,
+    free_place,
     misfit,
     quiet_storage_log,
     quiet_storage_threads,
@@ -313,6 +314,8 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> list[int]:
         """Move checkpoints newer than `step` to checkpoints.aside/, so that a run can go on there.
 
+        Where one of the same step lies there, such as 6, it stays, and the other becomes 6.1.
+
         Returns:
           The steps of the checkpoints moved.
         """
@@ -321,10 +324,7 @@ class Checkpoints:
             aside = self.folder.with_name("checkpoints.aside")
             aside.mkdir(exist_ok=True)
             for other in newer:
-                target = aside / str(other)
-                if target.exists():
-                    shutil.rmtree(target)
-                shutil.move(self.folder / str(other), target)
+                shutil.move(self.folder / str(other), free_place(aside / str(other)))
         hosts.barrier("set_aside")
         self._manager.reload()
         return newer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ NAME = "evaluations.jsonl"
 
 def append_evaluation(workdir: Path, record: dict[str, Any]) -> None:
     """Add `record` and the time, UTC, as one line of strict JSON.
+
+    A last line that a killed process or a full disk left unfinished stays, as a line of its own.
 
     Raises:
       ValueError: a number that is not finite: it belongs into an error message, not into a table
@@ -33,8 +36,11 @@ def append_evaluation(workdir: Path, record: dict[str, Any]) -> None:
         record | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, allow_nan=False
     )
     path = workdir / NAME
-    with naming(path), open(path, "a") as file:
-        file.write(line + "\n")
+    with naming(path), open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + line.encode() + b"\n")  # at the end, wherever it has been read
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
@@ -43,9 +49,14 @@ def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       WorkdirError: a line is damaged.
     """
-    path = workdir / NAME
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [parse_json(line) for line in lines]
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged ({error}): mend or remove that line") from error
+    path, records = workdir / NAME, []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(parse_json(line))
+        except ValueError as error:
+            raise WorkdirError(
+                f"{path}: its line {number} is damaged ({getattr(error, 'msg', error)}): mend or "
+                "remove that line"
+            ) from error
+    return records

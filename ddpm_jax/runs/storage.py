@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -147,19 +148,20 @@ def remedy(error: BaseException, folder: Path) -> str:
     return "mend that and run the command again"
 
 
-def content_hash(state: Any) -> str:
-    """Return the SHA-256 of a tree of arrays: of the paths, types, shapes and bytes of its leaves.
-
-    Compression and index of the files on disk are not all covered by checksums; a flipped bit
-    could come back as a weight.
-    """
-    return content_hashes(state)[WHOLE]
+def free_place(path: Path) -> Path:
+    """Return `path`, or where something is there already, the first free of PATH.1, PATH.2, ..."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
 def content_hashes(state: Any) -> dict[str, str]:
-    """Return the `content_hash` of a tree, named WHOLE, and that of each of its parts.
+    """Return the SHA-256 of a tree of arrays, named WHOLE, and that of each of its parts.
 
-    With those a part can be read and checked without the others, which are `...` then.
+    It covers the paths, types, shapes and bytes of the leaves. Compression and index of the files
+    on disk are not all covered by checksums; a flipped bit could come back as a weight.
+
+    With the hashes of the parts one can be read and checked without the others, which are `...`
+    then.
     """
 
     def of_leaf(item: tuple[Any, Any]) -> bytes:

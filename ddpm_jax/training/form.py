@@ -164,7 +164,7 @@ class FlatForm(JoinedForm):
                 layer = list(layer)
                 shapes = [self._shapes[number] for number in layer]
                 sizes = [self._sizes[number] for number in layer]
-                if len(shapes) == 2 and shapes[0] == shapes[1]:
+                if len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 1:
                     # XLA copies each leaf that it cuts out of a bucket. Bias and scale of a norm
                     # are cut out together, and the barrier keeps that piece as it is.
                     rows = vector[start : start + sum(sizes)].reshape(2, -1)

@@ -149,6 +149,8 @@ class HeldOut:
 class SampleGrids:
     """A grid of the same seeds at every call, so that two grids show what training changed.
 
+    Where the network has classes, the samples take them in turn: 0, 1, 2, ..., and again from 0.
+
     It only watches: a picture that cannot be drawn or written is told on stderr, and training goes
     on.
     """
@@ -163,6 +165,9 @@ class SampleGrids:
     ) -> None:
         self._seed, self._workdir, self._is_main = config.seed, workdir, devices.is_main
         self._writer, self._indices = writer, np.arange(config.train.sample_images)
+        classes = config.model.num_classes
+        # Without labels a network draws what label_dropout alone trains it to.
+        self._labels = self._indices % classes if classes else None
         self._generator = build_generator(
             config, devices, batch_size=min(config.train.sample_images, 256), network=network
         )
@@ -171,7 +176,9 @@ class SampleGrids:
         """Draw the grid and write it to samples/ and the log; all hosts call it together."""
         try:
             with waiting(f"drawing the grid of step {step:,}", enabled=self._is_main):
-                samples = self._generator.draw(params, seed=self._seed, indices=self._indices)
+                samples = self._generator.draw(
+                    params, seed=self._seed, indices=self._indices, labels=self._labels
+                )
         except jax.errors.JaxRuntimeError as error:
             # Several hosts cannot go on apart: the others may have their pictures.
             if jax.process_count() > 1 or "RESOURCE_EXHAUSTED" not in str(error):

@@ -138,6 +138,25 @@ def test_a_stream_that_changes_is_refused():
         batches(0)
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.arange(99), r"item 1 of the stream has labels int64 \[99\] for 100 images: must be"),
+        (np.arange(100)[:, None], r"labels int64 \[100, 1\] for 100 images"),
+        (np.arange(100) / 2, r"labels float64 \[100\] for 100 images: must be whole numbers"),
+        (np.arange(100) - 1, "item 1 of the stream has the label -1: classes are numbered from 0"),
+    ],
+)
+def test_labels_of_a_stream_are_one_class_for_each_image(labels, message):
+    """Of every item: those of the second one would go to wrong images, or to none."""
+    images = np.zeros((100, 2, 2, 1), np.uint8)
+    good = {"image": images, "label": np.arange(100)}
+    batches = StreamBatches(Stream(lambda: [good, {"image": images, "label": labels}]), 100)
+    assert batches(0)["label"].dtype == np.int32
+    with pytest.raises(DataError, match=message):
+        batches(1)
+
+
 # ------------------------------------------------------------ evaluation
 
 

@@ -114,6 +114,15 @@ def test_what_is_no_network_is_refused():
     check_network(identity, SHAPE, 1, 0)
     with pytest.raises(ConfigError, match=r"is \(2, 4, 4, 1\), must be \(2, 4, 4, 2\)"):
         check_network(identity, SHAPE, 2, 0)
-    whole = Network(lambda key: {"n": jnp.zeros(1, jnp.int32)}, identity.apply)
-    with pytest.raises(ConfigError, match=r"parameter \['n'\] is not an array of floats"):
-        check_network(whole, SHAPE, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16", "float16"])
+def test_parameters_are_float32(dtype):
+    """Of a mixture, what joins them would make float32, and no checkpoint would fit the network."""
+
+    def init(key):
+        return {"a": jnp.zeros(1), "n": jnp.zeros(1, dtype)}
+
+    network = Network(init, lambda params, x, t, labels, dropout: x)
+    with pytest.raises(ConfigError, match=rf"parameter \['n'\] is {dtype}, must be float32: cast"):
+        check_network(network, SHAPE, 1, 0)

@@ -249,6 +249,23 @@ def test_going_on_from_an_older_one_sets_the_newer_aside(workdir):
     assert sorted(path.name for path in (workdir / "checkpoints.aside").iterdir()) == ["20", "30"]
 
 
+def test_what_was_set_aside_before_stays(workdir):
+    """Three times back to step 10: three checkpoints 20, and none is lost."""
+    for seed in (98, 99):
+        with Checkpoints(workdir) as checkpoints:
+            checkpoints.set_aside_after(10)
+            checkpoints.save(20, Devices().replicate(tree(seed)))
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.set_aside_after(10) == [20]
+    aside = workdir / "checkpoints.aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["20", "20.1", "20.2", "30"]
+    for name, seed in (("20", 20), ("20.1", 98), ("20.2", 99)):
+        (aside / name).rename(workdir / "checkpoints" / "20")
+        with Checkpoints.reading(workdir) as checkpoints:
+            assert int(checkpoints.restore(like(Devices()))["step"]) == seed
+        (workdir / "checkpoints" / "20").rename(aside / name)
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint(workdir):
     half = workdir / "checkpoints" / "40.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "30", half)

@@ -81,6 +81,21 @@ def test_a_network_without_vectors_is_a_tuple_of_its_leaves():
         assert_bit_equal(form.split(joined), params)
 
 
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("shape", [(3, 3, 2, 5), (4, 4), (6,), ()])
+def test_two_leaves_of_one_shape_in_a_layer_come_back_as_they_were(shape, out_first):
+    """A network of the user's own may have two filters where the UNet has bias and scale."""
+    draw = np.random.default_rng(0).normal
+    params = {name: np.float32(draw(size=shape)) for name in ("w1", "w2")}
+    form = FlatForm(tiny_config(), Network(lambda key: params, None), out_first=out_first)
+    joined = form.join(params)
+    assert_bit_equal(form.split(joined), params)
+    # d/dw sum(c w) = c: gradients of the buckets lie as the weights do.
+    factors = {name: np.float32(draw(size=shape)) for name in params}
+    gradient = jax.grad(lambda w: sum(jnp.vdot(factors[k], v) for k, v in form.split(w).items()))
+    assert_bit_equal(gradient(joined), form.join(factors))
+
+
 def test_a_filter_lies_in_a_bucket_as_gpus_convolve_with_it():
     config = tiny_config()
     form = FlatForm(config)

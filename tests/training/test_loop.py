@@ -23,7 +23,7 @@ from ddpm_jax import images
 from ddpm_jax.build import signal_note
 from ddpm_jax.cli.run import outcome
 from ddpm_jax.config import Config, from_dict
-from ddpm_jax.data.source import ArraySource, RecordSource
+from ddpm_jax.data.source import ArraySource, RecordSource, Stream
 from ddpm_jax.errors import ConfigError, DataError, WorkdirError
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
@@ -275,6 +275,24 @@ def test_labels_that_the_network_lacks_are_named_in_memory_and_on_disk():
     check_labels(config, ArraySource(images, labels % 5))
     with pytest.raises(ConfigError, match="has no labels; set it to 0"):
         check_labels(config, ArraySource(images))
+
+
+def test_labels_of_a_stream_that_the_network_lacks_are_named():
+    """Those of the first array at once, to its last; those of others as they are read."""
+    config = tiny_config(model={"num_classes": 5})
+    images = np.zeros((9, 8, 8, 1), np.uint8)
+
+    def stream(*labels) -> Stream:
+        return Stream(lambda: [{"image": images, "label": np.array(row)} for row in labels])
+
+    with pytest.raises(ConfigError, match="num_classes=5: .* has labels up to 7"):
+        check_labels(config, stream([0] * 8 + [7]))
+    source = stream([4] * 9, [0] * 8 + [6])
+    check_labels(config, source)
+    arrays = source.arrays()
+    next(arrays)
+    with pytest.raises(ConfigError, match="num_classes=5: .* has labels up to 6"):
+        next(arrays)
 
 
 def test_an_average_that_is_mostly_the_initial_network_says_so():

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import images
 from ddpm_jax import progress as progress_module
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import waiting
 from ddpm_jax.runs.metrics import MetricWriter
@@ -204,3 +206,24 @@ def test_a_grid_that_takes_its_time_says_so(monkeypatch, tmp_path, capsys) -> No
         r"^drawing the grid of step 250: \d+ s$", capsys.readouterr().err, re.MULTILINE
     )
     assert (tmp_path / "samples" / "step_0000250.png").is_file()
+
+
+def test_a_grid_of_a_network_with_classes_has_all_of_them(tmp_path) -> None:
+    """The network takes label k of three for an image of level k - 1, and none for an error."""
+
+    def apply(params, x_t, t, labels, dropout) -> jnp.ndarray:
+        return jnp.broadcast_to(labels[:, None, None, None] - 1.0, x_t.shape)
+
+    class Shown:
+        def write_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+            self.grid = pictures["samples"]
+
+    config = tiny_config(
+        model={"num_classes": 3}, diffusion={"prediction": "x0"}, train={"sample_images": 5}
+    )
+    network, shown = Network(lambda key: {}, apply), Shown()
+    devices = Devices(jax.devices()[:1])
+    monitor.SampleGrids(config, devices, tmp_path, shown, network)(2, {})
+    levels = np.array([0, 128, 255, 0, 128], np.uint8)[:, None, None, None]
+    expected = images.grid(np.broadcast_to(levels, (5, 8, 8, 1)))
+    assert np.abs(shown.grid.astype(int) - expected).max() <= 1

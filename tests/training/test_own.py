@@ -28,6 +28,13 @@ def linear() -> ddpm.Network:
     )
 
 
+def mixed() -> ddpm.Network:
+    return ddpm.Network(
+        lambda key: {"bias": jnp.zeros((), jnp.bfloat16), "kernel": jax.random.uniform(key, ())},
+        lambda params, x_t, t, labels, dropout: params["kernel"] * x_t + params["bias"],
+    )
+
+
 def stream():
     for start in (0, 13, 30):  # of no size in particular
         yield IMAGES[start : {0: 13, 13: 30, 30: 40}[start]]
@@ -85,8 +92,14 @@ def test_whose_network_it_is_must_be_said(whole, tmp_path):
         ({"source": lambda: [IMAGES / 255]}, "item 0 of the stream is float64"),
         ({"source": IMAGES[:, :2]}, "source: images of 2x4x1, not 4x4x1"),
         ({"source": (IMAGES, [1, 2])}, "one label for each"),
+        ({"source": (IMAGES, [0.5] * len(IMAGES))}, "labels must be whole numbers from 0 on"),
+        ({"source": (IMAGES, [-1] * len(IMAGES))}, "labels must be whole numbers from 0 on"),
         ({"source": "images"}, "source is <U6"),
         ({"source": IMAGES, "network": jnp.tanh}, "must be a Flax module"),
+        (
+            {"source": IMAGES, "network": mixed()},
+            r"parameter \['bias'\] is bfloat16, must be float",
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_is_said_before_anything_is_written(own, message, tmp_path):

@@ -33,6 +33,7 @@ from ddpm_jax.errors import UserError, WeightsError, WorkdirError
 from ddpm_jax.network.unet import timestep_embedding
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
+from ddpm_jax.runs.evaluations import append_evaluation
 from ddpm_jax.trained import SHIPPED, WEIGHTS, names, open_trained, unpack
 from ddpm_jax.training.imported import write_workdir
 from ddpm_jax.training.state import init_state
@@ -604,29 +605,58 @@ def test_bfloat16_halves_an_export_and_rounds_to_eight_bits(tmp_path):
 # ------------------------------------------------------------ weights that ship
 
 
-def test_a_shipped_network_becomes_a_run_once(tmp_path, monkeypatch):
-    config, devices = config_of("diffusers", channels=1), Devices(jax.devices()[:2])
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """`ship(seed)` puts other weights, which it returns, where those of the network dots ship."""
+    config = config_of("diffusers", channels=1)
     config.data.name, config.train.steps = "fashion_mnist", 7
     monkeypatch.setattr(trained, "SHIPPED", tmp_path / "shipped")
 
-    def ship(seed: int) -> dict:
+    def put(seed: int) -> dict:
         params = random_params(config, seed)
         shutil.rmtree(tmp_path / "shipped" / "dots", ignore_errors=True)
         export_weights("diffusers", config, params, "ema 0.9", tmp_path / "shipped" / "dots")
         (tmp_path / "shipped" / "dots" / "config.json").write_text(save_json(config))
         return params
 
-    first = ship(0)
+    put.config = config
+    return put
+
+
+def test_a_shipped_network_becomes_a_run_once(tmp_path, ship):
+    first, devices = ship(0), Devices(jax.devices()[:2])
     run = unpack("dots", devices, tmp_path / "runs")
     assert_same(open_trained(run, devices).params, first)
     assert open_trained(run, devices).weights == "ema, imported"
-    assert open_trained(run, devices).config == config
+    assert open_trained(run, devices).config == ship.config
     (run / "samples").mkdir()
     assert unpack("dots", devices, tmp_path / "runs") == run and (run / "samples").is_dir()
+    (run / "samples").rmdir()
     second = ship(1)  # a new version of the code brings other weights
     assert_same(open_trained(unpack("dots", devices, tmp_path / "runs"), devices).params, second)
     with pytest.raises(WorkdirError, match="pretrained=cats: one of dots"):
         unpack("cats", devices, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("trained_on, newer", [(True, False), (True, True), (False, True)])
+def test_what_was_done_in_the_run_of_a_shipped_network_stays(tmp_path, ship, trained_on, newer):
+    """Trained on, it no longer gives the weights that its name asks for, whether they changed."""
+    devices, runs = Devices(jax.devices()[:1]), tmp_path / "runs"
+    ship(0)
+    run = unpack("dots", devices, runs)
+    append_evaluation(run, {"metric": "nll", "total": 3.5})
+    assert unpack("dots", devices, runs) == run
+    if trained_on:
+        shutil.copytree(run / "checkpoints" / "0", run / "checkpoints" / "5")
+    if newer:
+        ship(1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(WorkdirError, match=f"pretrained=dots: .* give workdir={run} .* or move it"):
+        unpack("dots", devices, runs)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    run.rename(runs / "mine")
+    assert unpack("dots", devices, runs) == run
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0"]
 
 
 def test_what_ships_is_small_and_opens(tmp_path):
