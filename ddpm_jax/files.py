@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import lzma
 import math
 import os
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +24,17 @@ MOST_DIGITS = 18  # of a whole number that a user writes
 LONGEST_NUMBER = 20  # digits of a whole number in JSON, sign included: all that 64 bits hold
 # A file of arrays may unfold to so many times its size, and by so many bytes in any case.
 MOST_UNFOLDING, FREE_UNFOLDING = 64, 2**26
+# What Python's and NumPy's readers raise for an .npz that is damaged or none.
+NPZ_DAMAGE = (
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,  # a password, or a compression that Python does not know
+    ValueError,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 _INSIDE = Path(__file__).with_name("shipped")  # setup.py puts it there
 
@@ -91,15 +104,23 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, what, str(path)) from error
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, folder: bool = False) -> None:
     """Check that a file can be made at `path`, where folders on the way may be missing.
 
     It is for the time before the work whose result the file is. Nothing is left behind.
 
+    Args:
+      folder: whether `path` may be a folder that the files go into.
+
     Raises:
-      OSError: it cannot.
+      OSError: it cannot; IsADirectoryError for a folder in the place of the file.
     """
-    folder = next(place for place in path.absolute().parents if place.exists())
+    places = path.absolute().parents
+    if path.is_dir():
+        if not folder:
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+        places = [path]
+    folder = next(place for place in places if place.exists())
     with tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -175,32 +196,71 @@ def _depth(value: Any) -> int:
     return depth
 
 
+class NpzError(ValueError):
+    """An .npz that cannot be read; the message names it and what is wrong, and lacks a remedy."""
+
+    @classmethod
+    def of(cls, path: str | Path, error: Exception) -> NpzError:
+        """Return `error`, one of NPZ_DAMAGE that reading `path` ended in, as an NpzError."""
+        if isinstance(error, cls):
+            return error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return cls(f"{path} is damaged or no .npz file ({reason})")
+
+
+class Arrays:
+    """The arrays of an open .npz.
+
+    Attributes:
+      files: their names.
+    """
+
+    def __init__(self, path: str | Path, opened: np.lib.npyio.NpzFile) -> None:
+        self._path, self._opened = path, opened
+        self.files: list[str] = opened.files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Read an array.
+
+        Raises:
+          NpzError: there is none of this name, it is damaged, or it holds pickled objects.
+        """
+        if name not in self.files:
+            others = ", ".join(self.files) or "nothing"
+            raise NpzError(f"{self._path} has no array {name}, only {others}")
+        try:
+            array = self._opened[name]
+        except NPZ_DAMAGE as error:
+            raise NpzError.of(self._path, error) from error
+        if isinstance(array, bytes):  # what NumPy gives of other files in the archive
+            raise NpzError(f"{self._path} holds {name}, which is no array")
+        return array
+
+
 @contextlib.contextmanager
-def open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+def open_npz(path: str | Path) -> Iterator[Arrays]:
     """Open an .npz of plain arrays whose sizes are those of the file.
 
     Raises:
-      OSError: as `open_file`.
-      ValueError, EOFError, zipfile.BadZipFile, zlib.error: it is damaged or no .npz, holds pickled
-        objects, or claims arrays that are larger than what is stored.
+      NpzError: there is no such file, it is damaged or no .npz, or it claims arrays that are larger
+        than what is stored.
     """
     import numpy as np
 
-    with open_file(path) as stream:
+    with contextlib.ExitStack() as open_files:
         try:
+            stream = open_files.enter_context(open_file(path))
             with zipfile.ZipFile(stream) as archive:
                 check_unfolding(archive, os.fstat(stream.fileno()).st_size)
                 for member in archive.infolist():
                     if member.filename.endswith(".npy"):
                         with archive.open(member) as file:
                             _check_array(file, member)
-        except (OSError, NotImplementedError, RuntimeError) as error:
-            # A bad offset, a compression that Python does not know, a password.
-            raise ValueError(str(error)) from error
-        stream.seek(0)
-        arrays = np.load(stream, allow_pickle=False)
-        with arrays:
-            yield arrays
+            stream.seek(0)
+            opened = open_files.enter_context(np.load(stream, allow_pickle=False))
+        except NPZ_DAMAGE as error:
+            raise NpzError.of(path, error) from error
+        yield Arrays(path, opened)
 
 
 def check_unfolding(archive: zipfile.ZipFile, size: int) -> None:

@@ -30,7 +30,8 @@ from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.sampling.sampler import with_sampling
 from ddpm_jax.trained import SHIPPED, names, open_trained, unpack
 from ddpm_jax.training import loop
-from ddpm_jax.weights.detect import detect_layout
+from ddpm_jax.weights import files
+from ddpm_jax.weights.detect import layout_of
 from ddpm_jax.weights.exporting import export_weights
 from ddpm_jax.weights.layout import write_tensors
 from ddpm_jax.weights.layouts.registry import LAYOUTS
@@ -259,7 +260,8 @@ def test_layouts_are_told_apart(layout, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     # A bare state dict of kimrass is one of w86763777, the same network.
     expected = "w86763777" if layout == "kimrass" else layout
-    assert detect_layout(tmp_path) == detect_layout(tmp_path / "x.safetensors") == expected
+    file = files.find_file(tmp_path)
+    assert layout_of(files.read(file).contents, file) == expected
 
 
 def test_a_published_file_opens_in_memory(tmp_path, here):

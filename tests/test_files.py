@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddpm_jax.files import open_file, open_npz, parse_json, read_json
+from ddpm_jax.files import NpzError, check_writable, open_file, open_npz, parse_json, read_json
 from tests.support.layers import ROOT
 
 
@@ -89,10 +90,76 @@ def test_arrays_larger_than_their_file_are_not_allocated(tmp_path):
     with pytest.raises(ValueError, match="array a: Cannot parse header") as caught:
         with open_npz(path):
             pass
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) - len(str(path)) < 200
     np.savez(path, a=np.arange(3), b=np.float32(2))
     with open_npz(path) as arrays:
         assert arrays["a"].tolist() == [0, 1, 2] and arrays["b"] == 2
+
+
+def damaged_in_the_middle(path: Path, compression: int) -> None:
+    """An .npz with one byte of its array a changed, which only reading the array finds."""
+    np.savez(path, a=np.arange(1000))
+    with zipfile.ZipFile(path) as whole:
+        member = whole.read("a.npy")
+    archive_of(path, member, compression=compression)
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 255
+    path.write_bytes(blob)
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "pipe", "text", "cut", "other member"])
+def test_whatever_is_wrong_with_an_npz_is_one_error_that_names_it(kind, tmp_path):
+    path = tmp_path / "a.npz"
+    if kind == "folder":
+        path.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "text":
+        path.write_text("no archive")
+    if kind == "cut":
+        np.savez(path, a=np.arange(1000))
+        path.write_bytes(path.read_bytes()[:-50])
+    if kind == "other member":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a", "no array")
+    with pytest.raises(NpzError, match="^.*a.npz (is damaged or no .npz file|holds a)") as caught:
+        with open_npz(path) as arrays:
+            arrays["a"]
+    assert str(caught.value).count(str(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_an_array_that_is_damaged_is_that_error_too(compression, tmp_path):
+    damaged_in_the_middle(tmp_path / "a.npz", compression)
+    with pytest.raises(NpzError, match="a.npz is damaged or no .npz file"):
+        with open_npz(tmp_path / "a.npz") as arrays:
+            arrays["a"]
+
+
+def test_an_array_that_is_not_there_is_named_and_errors_of_the_block_pass(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.arange(3), b=np.arange(2))
+    with pytest.raises(NpzError, match="a.npz has no array c, only a, b"):
+        with open_npz(tmp_path / "a.npz") as arrays:
+            arrays["c"]
+    with pytest.raises(KeyError, match="of the block"):
+        with open_npz(tmp_path / "a.npz") as arrays:
+            assert arrays.files == ["a", "b"]
+            raise KeyError("of the block")
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, not a file"):
+        check_writable(tmp_path)
+    check_writable(tmp_path, folder=True)
+    check_writable(tmp_path / "new" / "file")
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "file")
+    for folder in (False, True):
+        with pytest.raises(NotADirectoryError):
+            check_writable(tmp_path / "file" / "more", folder=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_all_json_is_read_by_one_function():

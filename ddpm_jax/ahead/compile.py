@@ -58,16 +58,6 @@ def compile_lowered(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, f
     return compiled, time.monotonic() - start
 
 
-def compile_program(lowered: jax.stages.Lowered, devices: int) -> tpu.Compiled:
-    """Compile a program for so many chips of TPU, and read it.
-
-    Raises:
-      OutOfMemory: the compiler found that a chip is too small.
-    """
-    executable, seconds = compile_lowered(lowered)
-    return tpu.read(executable, devices, seconds)
-
-
 @contextlib.contextmanager
 def no_cache() -> Iterator[None]:
     """Switch JAX's compilation cache off for a while, and all optimisations on.

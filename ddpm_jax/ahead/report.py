@@ -10,7 +10,7 @@ from typing import Any
 from ddpm_jax.ahead import gpu, tpu
 from ddpm_jax.ahead.programs import PROGRAMS
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.files import read_json
+from ddpm_jax.files import read_json, replacing
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -55,12 +55,17 @@ def read_report(path: Path) -> dict[str, Any]:
         report = read_json(path)
     except ValueError:  # not JSON, or not even text
         report = None
-    if not isinstance(report, dict) or not set(PROGRAMS) & set(report):
+    try:
+        right = bool(format_table([report]))
+    # Anybody's JSON may come, and what makes a row of it knows what it needs.
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError):
+        right = False
+    if not right:
         raise ConfigError(f"table={path}: not a report of compile_ahead.py")
     return report
 
 
 def save_report(report: dict[str, Any], path: Path) -> None:
     """Write the reports of a config's programs as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(path) as file:  # what is there already is the programs before this one
+        file.write((json.dumps(report, indent=1) + "\n").encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -97,14 +96,7 @@ class SamplingSteps:
         self.config, self.rows, self.batch_size = config, rows, batch_size
         process, bind = build_process(config), denoiser(config)
         whole = sampler_table(process, "ancestral", process.schedule.timesteps)
-        table = dataclasses.replace(
-            whole,
-            **{
-                f.name: v[:rows]
-                for f in dataclasses.fields(whole)
-                if isinstance(v := getattr(whole, f.name), np.ndarray)
-            },
-        )
+        table = whole.rows(slice(rows))
 
         def chain(params: Any, batch: Batch) -> jax.Array:
             keys = sample_keys(batch["seed"], batch["index"])

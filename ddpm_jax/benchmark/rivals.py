@@ -7,6 +7,7 @@ when it is asked to, and ends with the one that started it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.weights.layouts.diffusers_config import network_config
 
 VARIANTS = ("eager", "compiled")  # channels_last both; the second through torch.compile
+LONGEST_LINE = 400  # characters of what a library says of an error
 
 
 class RivalError(UserError):
@@ -80,13 +82,14 @@ class Diffusers:
             self._process.terminate()
 
     def _ask(self, request: tuple[str, str, int]) -> Any:
-        self._here.send(request)
+        with contextlib.suppress(BrokenPipeError):  # `_receive` says that nobody is there
+            self._here.send(request)
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             answer, error = self._here.recv()
-        except EOFError as problem:
+        except (EOFError, ConnectionError) as problem:
             raise RivalError(
                 "against=diffusers: the process with PyTorch died, perhaps for lack of memory"
             ) from problem
@@ -96,21 +99,37 @@ class Diffusers:
 
 
 def _serve(pipe: Connection, task: tuple[Any, ...]) -> None:
-    try:
+    """Do what is asked over `pipe`, and answer (result, None) or (None, the error in one line)."""
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # nobody asks any more
         try:
             work = _prepare(*task)
         except ImportError as error:
             pipe.send((None, f"{error}; pip install 'ddpm_jax[torch]'"))
             return
+        except Exception as error:  # libraries of others: it has any type, and the parent says it
+            pipe.send((None, _line(error)))
+            return
         pipe.send((work["about"], None))
         while True:
             what, variant, steps = pipe.recv()
             try:
-                pipe.send((work[what](variant, steps), None))
-            except RuntimeError as error:  # of torch: out of memory, a compiler that is missing
-                pipe.send((None, f"{variant}: {error}"))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return  # the other end is gone
+                answer = work[what](variant, steps), None
+            except Exception as error:  # such as out of memory, or a compiler that is missing
+                answer = None, f"{variant}: {_line(error)}"
+            pipe.send(answer)
+
+
+def _line(error: Exception) -> str:
+    """Return what an error says in one line, of a bearable length, and its type."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
+def batch_shape(network: dict[str, Any], batch_size: int) -> tuple[int, int, int, int]:
+    """Return (images, channels, height, width) of a batch for a network of `network_config`."""
+    size = network["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return batch_size, network["in_channels"], height, width
 
 
 def _prepare(
@@ -137,9 +156,9 @@ def _prepare(
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     of_x0 = betas * before.sqrt() / (1 - alphas_cumprod)
     of_x = (1 - betas).sqrt() * (1 - before) / (1 - alphas_cumprod)
-    size, channels = network["sample_size"], network["in_channels"]
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, channels, size, size), np.uint8)
-    images = torch.from_numpy(pixels)
+    shape, classes = batch_shape(network, batch_size), network["num_class_embeds"]
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    labels = torch.arange(batch_size, device=device) % classes if classes else None
 
     def autocast() -> torch.autocast:
         return torch.autocast(device, torch.bfloat16, enabled=half)
@@ -161,7 +180,8 @@ def _prepare(
             x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0, x0.flip(-1))
             t, eps = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x0)
             with autocast():
-                predicted = forward[variant](signal[t] * x0 + noise_level[t] * eps, t).sample
+                x = signal[t] * x0 + noise_level[t] * eps
+                predicted = forward[variant](x, t, class_labels=labels).sample
             F.mse_loss(predicted.float(), eps).backward()
             if gradient_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
@@ -174,15 +194,12 @@ def _prepare(
     @torch.no_grad()
     def sample(variant: str, steps: int) -> float:
         model.eval()
-        x = torch.randn(batch_size, channels, size, size, device=device).contiguous(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(*shape, device=device).contiguous(memory_format=torch.channels_last)
         start = finished()
         for i in range(999, 999 - steps, -1):
             with autocast():
-                eps = forward[variant](
-                    x, torch.full((batch_size,), i, device=device)
-                ).sample.float()
+                t = torch.full((batch_size,), i, device=device)
+                eps = forward[variant](x, t, class_labels=labels).sample.float()
             x0 = ((x - noise_level[i] * eps) / signal[i]).clamp(-1, 1)
             x = (
                 float(of_x0[i]) * x0

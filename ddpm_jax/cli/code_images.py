@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from ddpm_jax.cli import flags
-from ddpm_jax.coding.files import METHODS
+from ddpm_jax.coding.container import METHODS
 from ddpm_jax.coding.jobs import MODES, CodingOptions, code
 from ddpm_jax.data.source import SPLITS
 from ddpm_jax.diffusion.gaussians import CDFS

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         "python scripts/export_weights.py --workdir=runs/cifar10 --layout=diffusers "
         "--output=exported",
+        folder_output=True,
     )
     flags.add_run(parser)
     add = parser.add_argument

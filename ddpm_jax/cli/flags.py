@@ -41,7 +41,13 @@ def start() -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that names --help, without the usage before it."""
+    """A parser whose errors are one line that names --help, without the usage before it.
+
+    Attributes:
+      folder_output: whether --output may be a folder that is there already.
+    """
+
+    folder_output = False
 
     def parse_args(self, *arguments: Any, **options: Any) -> Any:
         """Parse the flags, and keep their names for `run.with_dashes`.
@@ -57,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         output = getattr(values, "output", None)
         if isinstance(output, Path) and not getattr(values, "process_id", None):
             try:
-                check_writable(output)
+                check_writable(output, folder=self.folder_output)
             except OSError as error:
                 raise UserError(
                     f"output={output} cannot be written ({error.strerror}): name another output"
@@ -71,13 +77,16 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parser(description: str | None, example: str) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, example: str, *, folder_output: bool = False
+) -> argparse.ArgumentParser:
     """Return a parser for a command.
 
     Args:
       description: the docstring of its module.
       example: command lines that begin with "python scripts/NAME.py", which help shows as the
         command was started.
+      folder_output: whether --output may be a folder that is there already.
     """
     program = " ".join(_START) or None
     if program is not None:
@@ -89,6 +98,7 @@ def parser(description: str | None, example: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.folder_output = folder_output
     # Every flag of these types, in all commands.
     parser.register("type", Path, path)
     parser.register("type", int, whole)
@@ -124,10 +134,10 @@ def real(text: str) -> float:
     return value
 
 
-def add_workdir(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_workdir(flags: argparse.ArgumentParser) -> None:
     """Add --workdir."""
     flags.add_argument(
-        "--workdir", type=Path, required=required, metavar="DIR", help="the run directory"
+        "--workdir", type=Path, required=True, metavar="DIR", help="the run directory"
     )
 
 

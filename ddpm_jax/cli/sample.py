@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         __doc__,
         "python scripts/sample.py --workdir=runs/cifar10 --mode=grid --steps=1000 --num_images=64 "
         "--output=grid.png",
+        folder_output=True,  # a film or a picture over a folder is refused by `check_flags`
     )
     flags.add_run(made)
     flags.add_data_dir(made, of_run=True)

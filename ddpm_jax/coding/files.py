@@ -1,19 +1,16 @@
-"""Write images into files that a trained network codes, and read them again.
+"""Code images with a trained network into files, and decode them again.
 
-A file is one line of JSON, the header, and the sections whose sizes it lists. Whoever decodes needs
-the run directory, and a machine that computes the network exactly as the encoder's did: the header
-names checkpoint, weights, their fingerprint, software and device, and `decompress` refuses another.
-The network always sees batches of `group` images, filled up with zeros, because another batch size
-is another program whose last bits differ.
+Whoever decodes needs the run directory, and a machine that computes the network exactly as the
+encoder's did: the file names checkpoint, weights, their fingerprint, software and device, and
+`decompress` refuses another. The network always sees batches of `group` images, filled up with
+zeros, because another batch size is another program whose last bits differ.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -22,119 +19,17 @@ import numpy as np
 
 from ddpm_jax.build import build_process, denoiser, image_shape
 from ddpm_jax.coding.ans import Stack
-from ddpm_jax.coding.bits_back import CDFS, ChainCoder, Network, Reverse
+from ddpm_jax.coding.bits_back import ChainCoder, Network, Reverse
+from ddpm_jax.coding.container import Coded, Settings
 from ddpm_jax.coding.progressive import ProgressiveCoder, Received
 from ddpm_jax.diffusion.process import p_mean_variance
 from ddpm_jax.errors import CodingError
-from ddpm_jax.files import parse_json, replacing
 from ddpm_jax.trained import Trained
 
-FORMAT = "ddpm_jax images 1"
-METHODS = ("lossless", "progressive")
 DIFFERENT = (
     "the images are not those encoded: "
     "this machine computes the network differently from the encoder's"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are coded.
-
-    Attributes:
-      method: "lossless" is `bits_back`: the length of the bound, and initial bits. "progressive" is
-        `progressive`: longer by about a tenth, no initial bits, and every prefix is a picture.
-      group: images coded side by side, in one batch of the network.
-      clip, cdf: the model, as in `diffusion.bound.bound_terms`.
-      step_rate: bits/dim of a progressive step, see `ProgressiveCoder`.
-      lanes: of the lossless stack.
-      seed: of initial bits, or of shared noise.
-    """
-
-    method: str = "lossless"
-    group: int = 20
-    clip: bool = True
-    cdf: str = "tanh"
-    step_rate: float = 0.02
-    lanes: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise CodingError(f"method={self.method}: one of {', '.join(METHODS)}")
-        if self.cdf not in CDFS:
-            raise CodingError(f"cdf={self.cdf}: one of {', '.join(CDFS)}")
-        for name, least in (("group", 1), ("lanes", 1), ("step_rate", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise CodingError(f"{name}={getattr(self, name)}: must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A coded file.
-
-    Attributes:
-      header: `shape` [n,h,w,c], `settings`, `model`, and for lossless files `net_bits`, what the
-        images took, and `initial_bits`, what the stack held before and gives back.
-      sections: what the coder wrote.
-    """
-
-    header: dict[str, Any]
-    sections: list[bytes]
-
-    @property
-    def payload_bytes(self) -> int:
-        """Return the size of the sections."""
-        return sum(map(len, self.sections))
-
-    def to_bytes(self) -> bytes:
-        """Return the content of the file."""
-        sizes = [len(section) for section in self.sections]
-        header = {"format": FORMAT, "sections": sizes} | self.header
-        return json.dumps(header).encode() + b"\n" + b"".join(self.sections)
-
-    @classmethod
-    def from_bytes(cls, content: bytes, name: str) -> Coded:
-        """Read the content of a file.
-
-        Args:
-          name: of the file, for messages.
-
-        Raises:
-          CodingError: it is no such file, or cut off.
-        """
-        line, _, rest = content.partition(b"\n")
-        try:
-            header = parse_json(line)
-            right = header.pop("format") == FORMAT
-            sizes = [int(size) for size in header.pop("sections")]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            right = False
-        if not right:
-            raise CodingError(f"{name}: not a file of {FORMAT!r}; make one with mode=encode")
-        if sum(sizes) != len(rest):
-            raise CodingError(
-                f"{name}: {len(rest)} bytes follow the header, not {sum(sizes)}: "
-                "the file is cut off or damaged"
-            )
-        ends = np.cumsum([0, *sizes])
-        return cls(header, [rest[a:b] for a, b in zip(ends[:-1], ends[1:])])
-
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        with replacing(path) as file:
-            file.write(self.to_bytes())
-
-    @classmethod
-    def load(cls, path: Path) -> Coded:
-        """Read a file.
-
-        Raises:
-          CodingError: it is missing, no such file, or cut off.
-        """
-        if not path.is_file():
-            raise CodingError(f"{path}: no such file")
-        return cls.from_bytes(path.read_bytes(), str(path))
 
 
 def compress(
@@ -254,11 +149,17 @@ def identity(trained: Trained) -> dict[str, Any]:
 def _open(trained: Trained, coded: Coded) -> Settings:
     theirs, ours = coded.header["model"], identity(trained)
     for name, value in ours.items():
-        if theirs[name] != value:
+        if theirs.get(name) != value:
             raise CodingError(
-                f"the file was coded with {name} {theirs[name]!r}, not {value!r}: "
+                f"the file was coded with {name} {theirs.get(name)!r}, not {value!r}: "
                 "decode with the same"
             )
+    shape, expected = tuple(coded.header["shape"][1:]), image_shape(trained.config)
+    if shape != expected:
+        raise CodingError(
+            f"the file holds images of {[*shape]}, this run's are {[*expected]}: "
+            "decode with the same"
+        )
     return Settings(**coded.header["settings"])
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.coding.files import Coded, Settings, compress, decompress, forward_passes, receive
+from ddpm_jax.coding.container import Coded, Settings
+from ddpm_jax.coding.files import compress, decompress, forward_passes, receive
 from ddpm_jax.coding.progressive import Received
 from ddpm_jax.data.load import load_source
 from ddpm_jax.diffusion.bound import RateDistortion
 from ddpm_jax.errors import CodingError
 from ddpm_jax.evaluation.nll import Nll, Protocol, evaluate_nll
-from ddpm_jax.files import open_npz
+from ddpm_jax.files import NpzError, open_npz
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs.evaluations import NAME, append_evaluation
@@ -158,11 +157,9 @@ def measure(trained: Trained, workdir: Path, devices: Devices, options: CodingOp
         num_images=len(levels),
         progress=True,
     )
-    record = {
-        "bound": nll.total.mean,
-        "bound_standard_error": nll.total.standard_error,
-        **print_sizes(coded, levels, nll),
-    }
+    record = {"bound": nll.total.mean, **print_sizes(coded, levels, nll)}
+    if nll.images > 1:  # one image leaves the error unknown
+        record["bound_standard_error"] = nll.total.standard_error
     if settings.method == "progressive":
         record["points"] = print_points(trained, coded, levels, nll.curve)
     record |= {
@@ -207,7 +204,8 @@ def print_sizes(coded: Coded, levels: np.ndarray, nll: Nll) -> dict[str, float]:
         ("not coded", 8 * dims),
     ):
         print(f"{name:28}{bits / 8:12,.0f}{bits / dims:12.4f}{bits / bound:14.4f}")
-    print(f"standard error of the bound: {nll.total.standard_error:.4f} bits/dim")
+    if nll.images > 1:
+        print(f"standard error of the bound: {nll.total.standard_error:.4f} bits/dim")
     return record | {"over_bound": size / bound - 1}
 
 
@@ -256,8 +254,8 @@ def read_images(trained: Trained, options: CodingOptions) -> np.ndarray:
     try:
         with open_npz(path) as file:
             return file["arr_0"]
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise CodingError(f"images={path}: no .npz file with an array arr_0 ({error})") from error
+    except NpzError as error:
+        raise CodingError(f"images={error}: name an .npz with an array arr_0") from error
 
 
 def split_images(trained: Trained, options: CodingOptions) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from flax.traverse_util import flatten_dict
 
 from ddpm_jax.config.checking import short, validate
+from ddpm_jax.config.rules import INT32, check_value
 from ddpm_jax.config.schema import Config
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.files import read_json, shipped
@@ -123,7 +124,7 @@ def override(config: Config, item: str) -> None:
     if dataclasses.is_dataclass(annotation):
         names = ", ".join(f.name for f in dataclasses.fields(annotation))
         raise ConfigError(f"config.{name} is a section; set one of its fields: {names}")
-    setattr(holder, last, _typed(_parse(text, annotation), annotation, name))
+    setattr(holder, last, typed(_parse(text, annotation), annotation, f"config.{name}"))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _build(cls: type, values: Any, path: str, what: str) -> Any:
         if dataclasses.is_dataclass(annotation):
             setattr(built, name, _build(annotation, value, full, what))
         else:
-            setattr(built, name, _typed(value, annotation, full))
+            setattr(built, name, typed(value, annotation, f"config.{full}"))
     return built
 
 
@@ -188,7 +189,7 @@ def _check_field(holder: Any, name: str, path: str) -> None:
 def _parse(text: str, annotation: Any) -> Any:
     """Convert command-line text to a Python value.
 
-    What does not read as a literal stays text for `_typed` to judge.
+    What does not read as a literal stays text for `typed` to judge.
     """
     if annotation is str or typing.get_origin(annotation) is Literal:
         return text
@@ -205,44 +206,66 @@ def _parse(text: str, annotation: Any) -> Any:
     return value
 
 
-def _typed(value: Any, annotation: Any, name: str) -> Any:
+def accept(value: Any, field: str, name: str) -> Any:
+    """Return `value` in the type of a config's field, if the rules of that field accept it.
+
+    Args:
+      field: "section.field".
+      name: what messages call the value, which need not be of a config.
+
+    Raises:
+      ConfigError: another type, or a value that the field does not accept.
+    """
+    section, last = field.split(".")
+    kind = type(getattr(Config(), section))
+    value = typed(value, typing.get_type_hints(kind)[last], name)
+    annotation = typing.get_type_hints(kind, include_extras=True)[last]
+    check_value(value, (INT32, *getattr(annotation, "__metadata__", ())), name)
+    return value
+
+
+def typed(value: Any, annotation: Any, name: str) -> Any:
     """Return `value` in the annotated type.
 
     Ints pass for floats and lists for tuples; nothing else is converted.
+
+    Args:
+      name: what messages call the value.
+
+    Raises:
+      ConfigError: another type.
     """
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
         if value not in choices:
-            raise ConfigError(f"config.{name}={short(value)}: one of {', '.join(choices)}")
+            raise ConfigError(f"{name}={short(value)}: one of {', '.join(choices)}")
         return value
     if isinstance(annotation, types.UnionType):  # image_size alone
         return _sides(value, name)
     if typing.get_origin(annotation) is tuple:
         item = typing.get_args(annotation)[0]
         if not isinstance(value, (tuple, list)):
-            raise ConfigError(
-                f"config.{name}={short(value)}: a tuple of {item.__name__}, such as (1,2)"
-            )
-        return tuple(_typed(element, item, name) for element in value)
+            raise ConfigError(f"{name}={short(value)}: a tuple of {item.__name__}, such as (1,2)")
+        return tuple(typed(element, item, name) for element in value)
     if annotation is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if annotation is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e5 is how people write a hundred thousand steps
     if type(value) is not annotation:
         accepts = "true or false" if annotation is bool else annotation.__name__
-        raise ConfigError(f"config.{name}={short(value)}: must be {accepts}")
+        raise ConfigError(f"{name}={short(value)}: must be {accepts}")
     if annotation is int and abs(value) >= 2**63:
-        raise ConfigError(f"config.{name}={short(value)}: must be less than 2^63")
+        raise ConfigError(f"{name}={short(value)}: must be less than 2^63")
     if annotation is float and not math.isfinite(value):
-        raise ConfigError(f"config.{name}={value}: must be finite")
+        raise ConfigError(f"{name}={value}: must be finite")
     return value
 
 
 def _sides(value: Any, name: str) -> int | tuple[int, int]:
     """Return the side of a square, or a height and another width."""
     if not isinstance(value, (tuple, list)):
-        return _typed(value, int, name)
+        return typed(value, int, name)
     if len(value) != 2:
-        raise ConfigError(f"config.{name}={value}: one side, or two as HEIGHT,WIDTH")
-    height, width = (_typed(side, int, name) for side in value)
+        raise ConfigError(f"{name}={value}: one side, or two as HEIGHT,WIDTH")
+    height, width = (typed(side, int, name) for side in value)
     return height if height == width else (height, width)

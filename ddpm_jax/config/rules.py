@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,14 @@ def check_fields(config: Any) -> None:
       ConfigError: naming the first field at fault and what it accepts.
     """
     for path, value, rules in _fields(config):
-        for rule in rules:
-            if not rule.holds(value):
-                raise ConfigError(f"config.{path}={value}: {rule.accepts}")
+        check_value(value, rules, f"config.{path}")
+
+
+def check_value(value: Any, rules: Iterable[Rule], name: str) -> None:
+    """Raise ConfigError, naming what is accepted, unless all `rules` hold for the value `name`."""
+    for rule in rules:
+        if not rule.holds(value):
+            raise ConfigError(f"{name}={value}: {rule.accepts}")
 
 
 def _fields(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Rule, ...]]]:

@@ -78,15 +78,6 @@ def extract(coefficients: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
 # ------------------------------------------------------------------------------ the forward process
 
 
-def q_step(schedule: NoiseSchedule, x_prev: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """Draw from q(x_t | x_{t-1}) with standard normal `noise`, eq. 2.
-
-    x_t = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) noise
-    """
-    keep = extract(np.sqrt(1 - schedule.betas), t, x_prev.ndim)
-    return keep * x_prev + extract(np.sqrt(schedule.betas), t, x_prev.ndim) * noise
-
-
 def q_mean_variance(
     schedule: NoiseSchedule, x0: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ddpm_jax.data import decoding
 from ddpm_jax.data.folder import list_images
 from ddpm_jax.data.source import Source
 from ddpm_jax.errors import EvaluationError
-from ddpm_jax.files import check_member, open_npz, read_json
+from ddpm_jax.files import NPZ_DAMAGE, NpzError, check_member, open_npz, read_json
 from ddpm_jax.parallel import hosts
 from ddpm_jax.sampling.shards import PROTOCOL
 
@@ -193,9 +192,6 @@ def _read_file(path: Path) -> np.ndarray:
     )
 
 
-DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of an .npz
-
-
 def _array_of(path: Path) -> np.ndarray:
     """Open arr_0 of an .npz, mapped where it is not compressed: it need not fit into RAM."""
     if not path.is_file():
@@ -220,13 +216,10 @@ def _array_of(path: Path) -> np.ndarray:
             return np.memmap(path, dtype, "r", _member_start(path) + start, shape)
         with open_npz(path) as file:
             return file["arr_0"]
-    # RuntimeError: a password, or a compression that Python does not know.
-    except (OSError, RuntimeError, *DAMAGE) as error:
+    except NPZ_DAMAGE as error:
         if isinstance(error, EvaluationError):
             raise
-        raise EvaluationError(
-            f"{path} is damaged or no .npz file ({error}): write it anew"
-        ) from error
+        raise EvaluationError(f"{NpzError.of(path, error)}: write it anew") from error
 
 
 def _member_start(path: Path) -> int:

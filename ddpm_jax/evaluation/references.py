@@ -20,8 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.evaluation.inception.features import BLOCK, Extractor, block_digest
 from ddpm_jax.evaluation.metrics.frechet import Gaussian
 from ddpm_jax.evaluation.metrics.moments import Moments
-from ddpm_jax.files import open_npz, parse_json, replacing
+from ddpm_jax.files import NpzError, open_npz, parse_json, replacing
 from ddpm_jax.parallel import hosts
 from ddpm_jax.weights.files import fingerprint
 
@@ -52,6 +50,7 @@ class Reference:
       spatial, features: None where unknown.
       provenance: what they depend on; empty for files by others.
       file: name and hash, once it has one.
+      whole: they are known to be of all images of a split.
     """
 
     gaussian: Gaussian
@@ -59,6 +58,7 @@ class Reference:
     features: np.ndarray | None
     provenance: dict[str, Any]
     file: dict[str, Any] | None = None
+    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -194,10 +194,8 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray | None]:
     try:
         with open_npz(path) as file:
             return {name: file[name] if name in names else None for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
-        raise EvaluationError(
-            f"reference={path} is damaged or no .npz file ({error}): fetch or build it again"
-        ) from error
+    except NpzError as error:
+        raise EvaluationError(f"reference={error}: fetch or build it again") from error
 
 
 def check_pixels(reference: Reference, images: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""Tell of which layout a file or folder of weights is."""
+"""Tell of which layout the contents of a file of weights are."""
 
 from __future__ import annotations
 
@@ -6,29 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.errors import WeightsError
-from ddpm_jax.weights import files
-from ddpm_jax.weights.layouts import diffusers
 from ddpm_jax.weights.layouts.registry import LAYOUTS
 from ddpm_jax.weights.recognise import resemblance
 from ddpm_jax.weights.wrappers import AmbiguousWeights, all_marked, flat_names, tensors_of, unwrap
 
 AUTO = "auto"  # in the place of a layout's name: the one that fits
-
-
-def detect_layout(path: Path) -> str:
-    """Return the name of the layout that `path` is of, by the names of its tensors.
-
-    Args:
-      path: a file, the prefix of a TensorFlow checkpoint, a folder with one file of weights, or a
-        folder of diffusers, which its config.json gives away.
-
-    Raises:
-      WeightsError: nothing that can be read, of no known layout, or of several.
-    """
-    if diffusers.is_folder(path):
-        return "diffusers"
-    file = files.find_file(path)
-    return layout_of(files.read(file).contents, file)
 
 
 def layout_of(contents: Any, file: Path) -> str:

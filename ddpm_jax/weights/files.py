@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.errors import WeightsError
-from ddpm_jax.files import open_file, open_npz, read_json
+from ddpm_jax.files import NpzError, open_file, open_npz, read_json
 from ddpm_jax.weights.pickled import read_tensors
 
 Tensors = dict[str, np.ndarray]
@@ -183,15 +181,13 @@ def _read_npz(path: Path) -> Source:
     try:
         with open_npz(path) as file:
             return Source({name: _float32(file[name]) for name in file.files}, {}, (path,))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except NpzError as error:
         if "allow_pickle" in str(error):
             raise WeightsError(
                 f"{path} holds pickled objects, not arrays: they are not loaded, "
                 "as they could run code"
             ) from error
-        raise WeightsError(
-            f"{path} is damaged or no .npz file ({error}): fetch it again"
-        ) from error
+        raise WeightsError(f"{error}: fetch it again") from error
 
 
 def _read_tensorflow(prefix: Path) -> Source:

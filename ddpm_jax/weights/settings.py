@@ -126,7 +126,8 @@ def settle_diffusers(
         config = load_config(config_file, overrides)
     else:
         config = Config()
-        _set(config, facts | {"model.dropout": float(folder.unet.get("dropout", 0.0))})
+        dropout = diffusers_config.dropout(folder.unet_path, folder.unet)
+        _set(config, facts | {"model.dropout": dropout})
         config.model.embedding_order = "sin_cos"
         notes += _follow_scheduler(config, folder)
         if min(config.data.sides) >= 256:

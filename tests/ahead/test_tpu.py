@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.ahead import compile, programs
+from ddpm_jax.ahead import compile, programs, tpu
 from ddpm_jax.ahead.batches import fitting_batch, round_down
-from ddpm_jax.ahead.compile import compile_program
+from ddpm_jax.ahead.compile import compile_lowered
 from ddpm_jax.ahead.hlo import Collective, Program, array_bytes
 from ddpm_jax.ahead.memory import GIB, Memory, OutOfMemory
 from ddpm_jax.ahead.programs import LOWER
@@ -508,6 +508,8 @@ def test_the_table_has_a_row_for_each_program():
             "config.model has no field 'width'",
         ),
         (["--table", "README.md"], "not a report"),
+        (["--table", "pretrained/digits/config.json"], "config.json: not a report"),
+        (["--table", "benchmarks/results/cpu-epyc-digits.json"], "digits.json: not a report"),
         (["--table", "no/such/file"], "no/such/file"),
     ],
 )
@@ -558,6 +560,12 @@ def test_reported_temporary_memory_does_not_grow_with_the_slice():
 
 
 # -------------------------------------------------------------------------------------- with libtpu
+
+
+def compile_program(lowered: jax.stages.Lowered, chips: int) -> Compiled:
+    """What the compiler says of a program for so many chips."""
+    executable, seconds = compile_lowered(lowered)
+    return tpu.read(executable, chips, seconds)
 
 
 def compiled(what, config, name, batch_size):

@@ -24,6 +24,7 @@ from ddpm_jax.config import save_json
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.network import normalization
 from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.weights.layouts.diffusers_config import network_config
 from tests.support.norms import traced_anew
 from tests.support.tiny import tiny_config
 
@@ -228,11 +229,71 @@ def test_the_second_start_finds_its_programs(tmp_path):
         startup.measure_starts(config, overrides=["train.batch_size=0"])
 
 
+@pytest.mark.parametrize("size, sides", [(8, (8, 8)), ((8, 16), (8, 16))])
+def test_a_batch_of_the_rival_is_of_the_images_of_the_config(size, sides):
+    config = tiny_config(data={"image_size": size, "channels": 3})
+    assert rivals.batch_shape(network_config(config), 4) == (4, 3, *sides)
+
+
+class Requests:
+    """One end of a pipe, through which these requests come and then nobody."""
+
+    def __init__(self, *requests):
+        self.requests, self.answers = list(requests), []
+
+    def recv(self):
+        if not self.requests:
+            raise EOFError
+        return self.requests.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
+def test_whatever_pytorch_raises_comes_back_in_one_line(monkeypatch):
+    def fail(variant, steps):
+        raise ValueError("class_labels should be\n  provided")
+
+    work = {"about": {"torch": "2"}, "train": fail, "sample": lambda variant, steps: 0.5}
+    monkeypatch.setattr(rivals, "_prepare", lambda: work)
+    pipe = Requests(("train", "eager", 1), ("sample", "eager", 1))
+    rivals._serve(pipe, ())
+    said = "eager: ValueError: class_labels should be provided"
+    assert pipe.answers == [({"torch": "2"}, None), (None, said), (0.5, None)]
+
+    def prepare():
+        raise TypeError("x" * 5000)
+
+    monkeypatch.setattr(rivals, "_prepare", prepare)
+    pipe = Requests()
+    rivals._serve(pipe, ())
+    ((answer, said),) = pipe.answers
+    assert answer is None and said.startswith("TypeError: xxx") and len(said) < 500
+
+
+def test_a_rival_that_is_gone_is_told_in_one_line():
+    class Gone(Requests):
+        def send(self, request):
+            raise BrokenPipeError
+
+    rival = object.__new__(rivals.Diffusers)
+    rival._here = Gone()
+    with pytest.raises(rivals.RivalError, match="the process with PyTorch died"):
+        rival.train("eager", 1)
+    rival._here = Requests((None, "eager: ValueError: no"))
+    with pytest.raises(rivals.RivalError, match="^against=diffusers: eager: ValueError: no$"):
+        rival.sample("eager", 1)
+
+
 @pytest.mark.interop
-def test_the_rival_has_the_same_network():
-    config = tiny_config(
-        model={"channel_mult": (1, 2), "attention_resolutions": (4,)}, data={"flip": True}
-    )
+@pytest.mark.parametrize(
+    "sections",
+    [{"data": {"flip": True, "image_size": (8, 16)}}, {"model": {"num_classes": 10}}],
+    ids=["wide", "classes"],
+)
+def test_the_rival_has_the_same_network(sections):
+    levels = {"channel_mult": (1, 2), "attention_resolutions": (4,)}
+    config = tiny_config(**sections | {"model": levels | sections.get("model", {})})
     rival = rivals.Diffusers(config, 4, threads=1)
     try:
         ours_count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

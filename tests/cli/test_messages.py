@@ -13,7 +13,19 @@ import jax
 import pytest
 
 from ddpm_jax import cli
-from ddpm_jax.cli import flags, run, sample
+from ddpm_jax.cli import (
+    benchmark,
+    code_images,
+    compare_with_diffusers,
+    compile_ahead,
+    evaluate,
+    export_weights,
+    flags,
+    plot_metrics,
+    reproduce,
+    run,
+    sample,
+)
 from ddpm_jax.config import Config, load_config, override
 from ddpm_jax.data.folder import scan
 from ddpm_jax.errors import ConfigError, EvaluationError, UserError
@@ -179,6 +191,32 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path):
     (tmp_path / "y.png").mkdir()
     with pytest.raises(ConfigError, match="a folder has this name"):
         sample.check_flags(parsed(f"--output={tmp_path / 'y.png'}"))
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (benchmark, "--config=digits"),
+        (code_images, "--workdir=x --mode=encode"),
+        (compare_with_diffusers, "--config=digits --workdir=x"),
+        (compile_ahead, "--config=digits --target=h100"),
+        (evaluate, "--workdir=x"),
+        (plot_metrics, "--workdir=x"),
+        (reproduce, "--ledger"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_folder_in_the_place_of_the_output_is_known_before_the_work(command, words, tmp_path):
+    with pytest.raises(UserError, match=f"output={tmp_path} cannot be written .is a folder, not"):
+        command.parser().parse_args([*words.split(), f"--output={tmp_path}"])
+
+
+def test_an_output_that_may_be_a_folder_may_be_there(tmp_path):
+    assert parsed(f"--output={tmp_path}").output == tmp_path
+    with pytest.raises(UserError, match=f"workdir={tmp_path / 'none'}"):
+        export_weights.main(
+            [f"--workdir={tmp_path / 'none'}", "--layout=pesser", f"--output={tmp_path}"]
+        )
 
 
 def test_letters_that_are_not_known_here(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,8 +12,12 @@ import pytest
 
 from ddpm_jax.build import init_params
 from ddpm_jax.cli import code_images, flags
+from ddpm_jax.coding import jobs
+from ddpm_jax.coding.container import Coded, Settings
+from ddpm_jax.coding.files import decompress, identity
 from ddpm_jax.coding.jobs import CodingOptions, code, measure, read_images
 from ddpm_jax.errors import CodingError
+from ddpm_jax.evaluation.nll import Estimate
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.trained import Trained
@@ -60,6 +66,30 @@ def test_a_measurement_is_recorded_with_its_settings(trained: Trained, tmp_path:
     assert [point["rate"] for point in record["points"]][0] == 0
 
 
+def test_one_image_is_measured_without_an_error_of_the_bound(
+    trained: Trained, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Of one image it is not known; a NaN would lose the record after all the work."""
+    bound = SimpleNamespace(total=Estimate.of(np.array([3.5])), images=1)
+    monkeypatch.setattr(jobs, "evaluate_nll", lambda *arguments, **options: bound)
+    options = CodingOptions("measure", num_images=1, lanes=4)
+    measure(trained, tmp_path, Devices(jax.devices()[:1]), options)
+    (record,) = read_evaluations(tmp_path)
+    assert record["num_images"] == 1 and record["bound"] == 3.5 and record["coded"] > 0
+    assert "bound_standard_error" not in record
+    assert "nan" not in capsys.readouterr().out.lower()
+
+
+def test_a_file_of_other_images_or_of_no_known_network_is_refused(trained: Trained) -> None:
+    settings = asdict(Settings(lanes=1))
+    header = {"shape": [1, 16, 8, 1], "settings": settings, "borrowed": 0}
+    sections = [bytes(8), b""]
+    with pytest.raises(CodingError, match=r"images of \[16, 8, 1\], this run's are \[8, 8, 1\]"):
+        decompress(trained, Coded(header | {"model": identity(trained)}, sections))
+    with pytest.raises(CodingError, match="coded with weights None, not 'raw': decode with the"):
+        decompress(trained, Coded(header | {"model": {}}, sections))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -81,5 +111,8 @@ def test_files_without_images_are_named(trained: Trained, tmp_path: Path) -> Non
     with pytest.raises(CodingError, match="images=.*none.npz: no such file"):
         read_images(trained, CodingOptions("measure", images=tmp_path / "none.npz"))
     (tmp_path / "bad.npz").write_bytes(b"bad")
-    with pytest.raises(CodingError, match="no .npz file with an array arr_0"):
+    with pytest.raises(CodingError, match="images=.*bad.npz is damaged .*: name an .npz with"):
         read_images(trained, CodingOptions("measure", images=tmp_path / "bad.npz"))
+    np.savez(tmp_path / "other.npz", samples=np.zeros(3))
+    with pytest.raises(CodingError, match="other.npz has no array arr_0, only samples: name an"):
+        read_images(trained, CodingOptions("measure", images=tmp_path / "other.npz"))

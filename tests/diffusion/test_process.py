@@ -32,7 +32,6 @@ from ddpm_jax.diffusion.process import (
     q_mean_variance,
     q_posterior,
     q_sample,
-    q_step,
     reverse_log_variance,
     v_from_x0_eps,
 )
@@ -65,11 +64,13 @@ def float32(x: np.ndarray) -> jax.Array:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_q_steps_compose_to_q_sample(kind: str) -> None:
-    """Mean and variance carried through every q_step equal those of the one jump."""
+    """Mean and variance carried through every step of eq. 2 equal those of the one jump.
+
+    x_t = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) noise
+    """
     made, t = schedule(kind), jnp.arange(T)
     ones, zeros = jnp.ones((T, 1, 1, 1)), jnp.zeros((T, 1, 1, 1))
-    keep = np.asarray(q_step(made, ones, t, zeros), np.float64).ravel()
-    add = np.asarray(q_step(made, zeros, t, ones), np.float64).ravel()
+    keep, add = np.sqrt(1 - made.betas), np.sqrt(made.betas)
     jump_signal, jump_noise = (
         q_sample(made, ones, t, zeros).ravel(),
         q_sample(made, zeros, t, ones).ravel(),
@@ -85,8 +86,8 @@ def test_q_steps_compose_to_q_sample(kind: str) -> None:
 def test_q_sample_has_the_moments_of_simulated_q_steps() -> None:
     made, samples = NoiseSchedule.from_betas(np.array([0.05, 0.3, 0.1, 0.6])), 40_000
     x = jnp.full((1, samples, 1, 1), 0.7)
-    for i, key in enumerate(jax.random.split(jax.random.key(0), 4)):
-        x = q_step(made, x, jnp.array([i]), jax.random.normal(key, x.shape))
+    for beta, key in zip(made.betas, jax.random.split(jax.random.key(0), 4)):
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * jax.random.normal(key, x.shape)
     signal = math.sqrt(0.95 * 0.7 * 0.9 * 0.4)
     jump = q_sample(
         made, jnp.full(x.shape, 0.7), jnp.array([3]), jax.random.normal(jax.random.key(1), x.shape)

@@ -17,9 +17,11 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from ddpm_jax.errors import UserError, WeightsError
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.trained import open_trained
+from ddpm_jax.weights import settings
 from ddpm_jax.weights.exporting import export_weights
 from ddpm_jax.weights.importing import import_weights
 from ddpm_jax.weights.layout import write_tensors
+from ddpm_jax.weights.layouts import diffusers
 from ddpm_jax.weights.layouts.registry import LAYOUTS
 from ddpm_jax.weights.recognise import recognise_process
 from tests.support.torch_files import write_torch
@@ -275,6 +277,69 @@ def test_a_size_that_is_null_is_asked_for(folder):
     imported = import_weights("auto", folder, overrides=SIZE)
     assert imported.config.data.image_size == 8
     assert imported.config.model.attention_resolutions == (4,)
+
+
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+BAD_FIELDS = {
+    UNET: {
+        "layers_per_block": ["2", 0, None, 1.5, True],
+        "norm_num_groups": [None, 0, "32"],
+        "norm_eps": [None, "1e-6", 0],
+        "dropout": [None, "0.1", 1.0, -0.1],
+        "in_channels": [None, "3", 2],
+        "out_channels": [None, "3", []],
+        "block_out_channels": [None, [], 32, [0, 0], [-32, 64], [32, "64"], [None], {}],
+        "down_block_types": [None, [], "DownBlock2D", [1, 2]],
+        "up_block_types": [None, {}, [None, None]],
+        "downsample_type": [["conv"], {}],
+        "add_attention": [None, "true", 1],
+        "attention_head_dim": ["8", [8, 8], -1],
+        "num_class_embeds": ["10", -1],
+        "flip_sin_to_cos": ["false", []],
+        "sample_size": ["8", [], [8], [8, None], 0],
+        "freq_shift": [None, "0", []],
+        "_class_name": [None, [], 3],
+    },
+    SCHEDULER: {
+        "num_train_timesteps": [None, "1000", 0, []],
+        "beta_start": [None, "1e-4", 0, [1e-4]],
+        "beta_end": [None, 1.5, {}],
+        "beta_schedule": [[], {}, "warmup", 1],
+        "prediction_type": [[], 3],
+        "variance_type": [{}, True],
+        "timestep_spacing": [["leading"]],
+        "clip_sample": [None, "true"],
+        "clip_sample_range": [None, "1", []],
+        "trained_betas": [3, "linear", [[]], [0.1, "x"]],
+        "_class_name": [None, [], {}],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "file, field",
+    [(file, field) for file, fields in BAD_FIELDS.items() for field in fields],
+)
+def test_a_field_that_nothing_can_be_made_of_is_named_with_its_file(file, field, folder):
+    whole = (folder / file).read_text()
+    for value in BAD_FIELDS[file][field]:
+        (folder / file).write_text(whole)
+        change(folder / file, **{field: value})
+        with pytest.raises(WeightsError, match=f"^{folder / file}: ") as caught:
+            settings.settle_diffusers(diffusers.read_folder(folder), folder, None, [])
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 700
+        assert field in message or field in ("_class_name", "down_block_types", "up_block_types")
+
+
+def test_fields_that_json_writes_otherwise_are_the_same(folder):
+    """What others than diffusers write: whole numbers with a point or without, null for absent."""
+    read = import_weights("diffusers", folder).config
+    change(folder / UNET, layers_per_block=1.0, norm_num_groups=32.0, dropout=0)
+    change(folder / UNET, num_class_embeds=None, attention_head_dim=None, time_embedding_dim=None)
+    change(folder / SCHEDULER, num_train_timesteps=1e3, trained_betas=None, thresholding=None)
+    again = import_weights("diffusers", folder).config
+    assert again == read and type(again.model.blocks_per_level) is int
 
 
 def test_an_export_with_rescaled_betas_comes_back(tmp_path):

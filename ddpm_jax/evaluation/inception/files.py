@@ -13,8 +13,6 @@ Neither PyTorch nor TensorFlow is needed.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 from google.protobuf import message
 
 from ddpm_jax.errors import EvaluationError
-from ddpm_jax.files import open_file, open_npz
+from ddpm_jax.files import NpzError, open_file, open_npz
 from ddpm_jax.weights.pickled import read_tensors
 
 Layers = dict[str, dict[str, np.ndarray]]
@@ -60,10 +58,8 @@ def read_npz(path: Path) -> Layers:
             for name in file.files:
                 layer, _, part = name.rpartition("/")
                 layers.setdefault(layer, {})[part] = file[name]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise EvaluationError(
-            f"inception={path} is damaged or no .npz file ({error}): fetch it again"
-        ) from error
+    except NpzError as error:
+        raise EvaluationError(f"inception={error}: fetch it again") from error
     return {layer: parts for layer, parts in layers.items() if set(parts) == {"kernel", "bias"}}
 
 

@@ -12,6 +12,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import WeightsError
 from ddpm_jax.weights.layout import Layout, check_switches
 from ddpm_jax.weights.layouts.diffusers import LAYOUT
+from ddpm_jax.weights.layouts.fields import Fields
 from ddpm_jax.weights.plan import Plan
 from ddpm_jax.weights.recognise import recognise_process
 
@@ -47,20 +48,12 @@ def network_facts(
     Raises:
       WeightsError: another class, or an option that this network does not have.
     """
-    kind = unet.get("_class_name", "UNet2DModel")
+    kind, theirs = unet.get("_class_name", "UNet2DModel"), Fields(path, unet)
     if kind not in ("UNet2DModel", "UNetUnconditionalModel"):
         raise WeightsError(f"{path}: a {kind}, not the UNet2DModel that layout diffusers is")
-
-    def only(field: str, *values: Any, default: Any = None) -> None:
-        value = unet.get(field, default)
-        if value not in values:
-            raise WeightsError(
-                f"{path}: {field}={value!r} has no counterpart here "
-                f"(only {' or '.join(map(repr, values))})"
-            )
-
-    widths = list(unet.get("block_out_channels", (224, 448, 672, 896)))
-    groups = unet.get("norm_num_groups", 32)
+    like, only = theirs.like, theirs.only
+    widths = theirs.all_of(int, "block_out_channels", (224, 448, 672, 896))
+    groups = like("model.group_norm_groups", "norm_num_groups", 32)
     only("center_input_sample", False, default=False)
     only("time_embedding_type", "positional", default="positional")
     only("time_embedding_dim", None, 4 * widths[0])
@@ -68,15 +61,16 @@ def network_facts(
     only("mid_block_scale_factor", 1, default=1)
     only("act_fn", "silu", "swish", default="silu")
     only("class_embed_type", None)
+    only("flip_sin_to_cos", True, False, default=True)
     only("freq_shift", 0, 1, default=0)
     only("downsample_padding", 0, 1, default=1)
     only("resnet_time_scale_shift", "default", "scale_shift", default="default")
     # With scale_shift, its default of None leaves the attention in the middle without a norm.
     shifts = unet.get("resnet_time_scale_shift", "default") == "scale_shift"
     only("attn_norm_num_groups", *([] if shifts else [None]), groups)
-    if any(width % widths[0] for width in widths):
+    if min(widths) < 1 or any(width % widths[0] for width in widths):
         raise WeightsError(
-            f"{path}: block_out_channels={widths}: they must be multiples of the first"
+            f"{path}: block_out_channels={widths}: must be multiples of the first, and positive"
         )
     size = unet.get("sample_size")
     if size is None and image_size is None:
@@ -89,32 +83,42 @@ def network_facts(
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise WeightsError(f"{path}: sample_size={size}: one side in pixels, or height and width")
     height, width = sides
-    attention, resampling = _block_types(path, unet, len(widths))
-    channels, out_channels = unet.get("in_channels", 3), unet.get("out_channels", 3)
+    attention, resampling = _block_types(theirs, len(widths))
+    channels, out_channels = like("data.channels", "in_channels", 3), unet.get("out_channels", 3)
     if out_channels not in (channels, 2 * channels):
         raise WeightsError(
-            f"{path}: in_channels={channels}, out_channels={out_channels}: "
+            f"{path}: in_channels={channels}, out_channels={out_channels!r}: "
             "neither an image nor an image and its variance"
         )
-    head_dim = unet.get("attention_head_dim")
+    head_dim = like("model.head_channels", "attention_head_dim", None)
+    denominator = "half_minus_one" if unet.get("freq_shift", 0) else "half"
     return {
         "data.image_size": height if height == width else (height, width),
         "data.channels": channels,
         "model.base_channels": widths[0],
         "model.channel_mult": tuple(width // widths[0] for width in widths),
-        "model.blocks_per_level": unet.get("layers_per_block", 2),
+        "model.blocks_per_level": like("model.blocks_per_level", "layers_per_block", 2),
         "model.attention_resolutions": tuple(height // 2**level for level in attention),
-        "model.attention_in_mid": unet.get("add_attention", True),
+        "model.attention_in_mid": like("model.attention_in_mid", "add_attention", True),
         "model.heads": 1,
         "model.head_channels": head_dim or 0,
         "model.conditioning": "scale_shift" if shifts else "add",
-        "model.embedding_denominator": "half_minus_one" if unet.get("freq_shift", 0) else "half",
+        "model.embedding_denominator": denominator,
         "model.group_norm_groups": groups,
-        "model.group_norm_epsilon": unet.get("norm_eps", 1e-5),
+        "model.group_norm_epsilon": like("model.group_norm_epsilon", "norm_eps", 1e-5),
         "model.resampling": resampling,
         "model.down_padding": "symmetric" if unet.get("downsample_padding", 1) else "asymmetric",
-        "model.num_classes": unet.get("num_class_embeds") or 0,
+        "model.num_classes": like("model.num_classes", "num_class_embeds", None) or 0,
     }
+
+
+def dropout(path: Path, unet: Mapping[str, Any]) -> float:
+    """Return the dropout of a UNet2DModel's config, which the user may train otherwise.
+
+    Raises:
+      WeightsError: it is no share.
+    """
+    return Fields(path, unet).like("model.dropout", "dropout", 0.0)
 
 
 def embedding_order(unet: Mapping[str, Any]) -> str:
@@ -132,17 +136,8 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
     Raises:
       WeightsError: an option that the process here does not have.
     """
-
-    def choose(field: str, choices: Mapping[str, str], default: str) -> str:
-        value = scheduler.get(field, default)
-        if value is None:  # of schedulers that draw no noise, variance_type
-            value = default
-        if value not in choices:
-            raise WeightsError(
-                f"{path}: {field}={value!r} has no counterpart here (only {', '.join(choices)})"
-            )
-        return choices[value]
-
+    theirs = Fields(path, scheduler)
+    like, choose = theirs.like, theirs.choose
     ddim = scheduler.get("_class_name") in ("DDIMScheduler", "DDIMParallelScheduler")
     options = ("thresholding", "rescale_betas_zero_snr")
     # Of the solvers: each of these replaces the process by another.
@@ -153,17 +148,18 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
             raise WeightsError(f"{path}: {field} is set, which has no counterpart here")
     if (kind := scheduler.get("timestep_type", "discrete")) != "discrete":
         raise WeightsError(f"{path}: timestep_type={kind!r}: only 'discrete', an integer t")
-    if scheduler.get("clip_sample", True) and scheduler.get("clip_sample_range", 1.0) != 1.0:
+    clip = like("sampling.clip", "clip_sample", True)
+    if clip and scheduler.get("clip_sample_range", 1.0) != 1.0:
         raise WeightsError(
             f"{path}: clip_sample_range={scheduler['clip_sample_range']}: "
             "only 1, the range of the images"
         )
     betas = scheduler.get("trained_betas")
     process = {
-        "diffusion.timesteps": scheduler.get("num_train_timesteps", 1000),
+        "diffusion.timesteps": like("diffusion.timesteps", "num_train_timesteps", 1000),
         "diffusion.schedule": choose("beta_schedule", _SCHEDULES, "linear"),
-        "diffusion.beta_start": float(scheduler.get("beta_start", 1e-4)),
-        "diffusion.beta_end": float(scheduler.get("beta_end", 0.02)),
+        "diffusion.beta_start": like("diffusion.beta_start", "beta_start", 1e-4),
+        "diffusion.beta_end": like("diffusion.beta_end", "beta_end", 0.02),
     }
     if betas is not None:  # they stand for all of these, as our own exports write rescaled ones
         try:
@@ -173,20 +169,22 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
     return {
         **process,
         "diffusion.prediction": choose("prediction_type", _PREDICTIONS, "epsilon"),
+        # null in schedulers that draw no noise
         "diffusion.variance": choose("variance_type", _VARIANCES, "fixed_small"),
         "sampling.sampler": "ddim" if ddim else "ancestral",
         "sampling.spacing": choose("timestep_spacing", _SPACINGS, "leading"),
         "sampling.rederive_eps": not ddim,
-        "sampling.clip": bool(scheduler.get("clip_sample", True)),
+        "sampling.clip": clip,
     }
 
 
-def _block_types(path: Path, unet: Mapping[str, Any], levels: int) -> tuple[list[int], str]:
+def _block_types(theirs: Fields, levels: int) -> tuple[list[int], str]:
     """Read the levels with attention and the way of resampling off the names of block types."""
-    down = unet.get("down_block_types", ("DownBlock2D", *("AttnDownBlock2D",) * 3))
-    up = unet.get("up_block_types", (*("AttnUpBlock2D",) * 3, "UpBlock2D"))
+    down = theirs.all_of(str, "down_block_types", ("DownBlock2D", *("AttnDownBlock2D",) * 3))
+    up = theirs.all_of(str, "up_block_types", (*("AttnUpBlock2D",) * 3, "UpBlock2D"))
     down, up = ([name.removeprefix("UNetRes") for name in names] for names in (down, up))
-    residual = any("Resnet" in name for name in down) or unet.get("downsample_type") == "resnet"
+    types = [theirs.values.get(f"{way}sample_type", "conv") for way in ("down", "up")]
+    residual = any("Resnet" in name for name in down) or types[0] == "resnet"
     plain = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
         if residual
@@ -199,13 +197,12 @@ def _block_types(path: Path, unet: Mapping[str, Any], levels: int) -> tuple[list
     ]
     if [down, up] != [mirrored, mirrored_up]:
         raise WeightsError(
-            f"{path}: block types {down} and {up}: the way up must mirror the way down, "
+            f"{theirs.path}: block types {down} and {up}: the way up must mirror the way down, "
             "and no other types are known"
         )
-    types = {unet.get("downsample_type", "conv"), unet.get("upsample_type", "conv")}
-    if attention and types != {"resnet" if residual else "conv"}:
+    if attention and types != ["resnet" if residual else "conv"] * 2:
         raise WeightsError(
-            f"{path}: downsample_type and upsample_type are {types}: "
+            f"{theirs.path}: downsample_type and upsample_type are {types}: "
             "they must both be conv, or both resnet"
         )
     return attention, "residual" if residual else "conv"
