@@ -15,6 +15,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.evaluation.nll import CHUNK, Protocol, chunk_of_terms
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling.generate import build_generator
+from ddpm_jax.sampling.sampler import chain_steps
 from ddpm_jax.training.form import state_form
 from ddpm_jax.training.state import abstract_state
 from ddpm_jax.training.step import build_train_step
@@ -72,5 +73,5 @@ def steps_a_call(config: Config, what: str) -> int:
       what: one of PROGRAMS.
     """
     if what == "sample":
-        return config.sampling.steps or config.diffusion.timesteps
+        return chain_steps(config)
     return terms_a_call(config) if what == "evaluate" else 1

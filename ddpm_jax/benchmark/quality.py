@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +101,11 @@ def compare(config: Config, options: ComparisonOptions) -> dict[str, Any]:
 
 
 def measure(config: Config, side: str, options: ComparisonOptions) -> dict[str, Any]:
-    """Train one side and judge it, or read its record where there is one of the same protocol."""
+    """Train one side and judge it, or read its record where there is one of the same protocol.
+
+    Raises:
+      KeyboardInterrupt, SystemExit: on SIGINT and SIGTERM, once our training is saved.
+    """
     folder = options.workdir / f"seed{config.seed}"
     path = folder / f"{side}.json"
     protocol = {
@@ -118,7 +123,11 @@ def measure(config: Config, side: str, options: ComparisonOptions) -> dict[str, 
     print(f"seed {config.seed}: {side}", flush=True)
     devices, start = Devices(), time.monotonic()
     if side == "ddpm_jax":
-        train(config, folder / side, data_dir=options.data_dir)
+        code = train(config, folder / side, data_dir=options.data_dir)
+        if code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt(f"the training is saved in {folder / side}")
+        if code:  # half trained is not what is compared
+            raise SystemExit(code)
         params = open_trained(folder / side, devices).params
     else:
         source = load_source(config.data, options.data_dir, "train")

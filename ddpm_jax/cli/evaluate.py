@@ -39,9 +39,9 @@ from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.spacing import SPACING_NAMES
 from ddpm_jax.errors import EvaluationError
 from ddpm_jax.evaluation.inception.resize import RESIZES
+from ddpm_jax.evaluation.inception.weights import FEATURES
 from ddpm_jax.evaluation.jobs import build_reference, evaluate
 from ddpm_jax.evaluation.options import METRICS, EvaluationOptions
-from ddpm_jax.evaluation.quality import FEATURES
 
 CLIP = {None: None, "true": True, "false": False}
 

@@ -7,8 +7,10 @@
 
 Each step is a command of its own, printed before it runs (--dry_run: instead of running). What is
 done already is not repeated: a training goes on where it was, an evaluation that the run directory
-has is taken from there. Results are appended to benchmarks/results/reproduction.jsonl, and
-REPRODUCTION.md is written from them; --ledger does only that.
+has is taken from there, if it is by the protocol of the row: an estimate of fewer images fills no
+cell. Results are appended to benchmarks/results/reproduction.jsonl, with the commit and the device
+of the call that measured them ("unknown" for what it found), and REPRODUCTION.md is written from
+them; --ledger does only that.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from ddpm_jax.distillation.target import SPACING, Halving, student_loss, two_ste
 from ddpm_jax.errors import WorkdirError, check
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.workdir import load_workdir_config
+from ddpm_jax.sampling.sampler import chain_steps
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.form import TreeForm
 from ddpm_jax.training.loop import train
@@ -83,8 +84,7 @@ def check_steps(teacher: Config, steps: list[int] | None) -> list[int]:
       UserError: they do not halve from one to the next, or a student's student does not halve.
     """
     own = teacher.distillation.steps
-    counts = [(own or teacher.sampling.steps or teacher.diffusion.timesteps) // 2]
-    counts = counts if steps is None else steps
+    counts = [(own or chain_steps(teacher)) // 2] if steps is None else steps
     text = ",".join(map(str, counts))
     halves = all(one == 2 * other for one, other in zip(counts, counts[1:]))
     check(

@@ -34,7 +34,7 @@ from ddpm_jax.progress import say
 from ddpm_jax.runs.data_origin import data_dir_of, read_origin
 from ddpm_jax.sampling import shards
 from ddpm_jax.sampling.generate import build_generator
-from ddpm_jax.sampling.sampler import with_sampling
+from ddpm_jax.sampling.sampler import chain_steps, with_sampling
 from ddpm_jax.trained import Trained, find, open_trained
 
 
@@ -96,16 +96,29 @@ class Inputs:
 
     @property
     def origin(self) -> str:
-        """Return what names of files call the samples."""
+        """Return what names of files call the samples, those of the first seed."""
         samples = self.options.samples
-        return f"step{self.trained.step}" if samples is None else samples.stem
+        return self._name(self.options.draws[0]) if samples is None else samples.stem
 
-    def protocol(self) -> dict[str, Any]:
-        """Return what any record says first."""
-        data = {"data": None if self.data is None else self.data.name}
-        if self.trained is None or self.options.samples is not None:
-            return data
-        return {"weights": self.trained.weights, "step": self.trained.step} | data
+    def _name(self, seed: int) -> str:
+        """Return what people know a draw by; it does not tell all draws apart."""
+        trained, sampler = self.trained, self.trained.config.sampling.sampler
+        weights = trained.weights.replace(" ", "")
+        steps = chain_steps(trained.config)
+        return f"step{trained.step}_{weights}_{sampler}{steps}_seed{seed}"
+
+    @property
+    def about_network(self) -> dict[str, Any]:
+        """Return what any record of the network says first, whatever the samples are."""
+        trained = self.trained
+        return {"weights": trained.weights, "step": trained.step, "data": self.data.name}
+
+    @property
+    def about_samples(self) -> dict[str, Any]:
+        """Return what any record of samples says first; those of others have no network."""
+        if self.trained is not None and self.options.samples is None:
+            return self.about_network
+        return {"data": None if self.data is None else self.data.name}
 
     @functools.cached_property
     def extractor(self) -> Extractor:
@@ -187,10 +200,7 @@ class Inputs:
             progress=True,
         )
         digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
-        sampling, weights = config.sampling, trained.weights.replace(" ", "")
-        sampler = f"{sampling.sampler}{generator.sampler.steps}"
-        name = f"step{trained.step}_{weights}_{sampler}_seed{seed}_{digest}.npz"
-        path = self.workdir / "evaluations" / "samples" / name
+        path = self.workdir / "evaluations" / "samples" / f"{self._name(seed)}_{digest}.npz"
 
         def draw(indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
             return generator.draw(trained.params, seed=seed, indices=indices, labels=labels)
@@ -201,7 +211,7 @@ class Inputs:
         hosts.barrier("samples")  # the first host puts the file together
         description = {
             "run": self.workdir.resolve().name,
-            "sampling": dataclasses.asdict(sampling) | {"steps": generator.sampler.steps},
+            "sampling": dataclasses.asdict(config.sampling) | {"steps": chain_steps(config)},
             "seed": seed,
             "guidance": options.guidance,
             "labels": protocol["label"],
@@ -224,7 +234,10 @@ class Inputs:
         if options.reference in SPLITS:
             images = self.split(options.reference, options.reference_images)
             folder = self.data_dir / "references"
+            whole = images.count == len(self.source(options.reference))
             reference = references.look_up(folder, self.extractor, images, tap)
+            if reference is not None:
+                reference = dataclasses.replace(reference, whole=whole)
         else:
             with hosts.together():
                 ready = is_main and path.suffix == ".npz" and references.has_statistics(path)

@@ -94,7 +94,7 @@ class _Job:
         def report() -> list[Record]:
             place = self.inputs.place
             measured = rate_distortion.report(nll, protocol, trained, options.split, place)
-            return [{"metric": "nll"} | self.inputs.protocol() | measured]
+            return [{"metric": "nll"} | self.inputs.about_network | measured]
 
         self.record(report)
 
@@ -112,7 +112,7 @@ class _Job:
 
         def report() -> list[Record]:
             measured = reconstruction.report(errors, trained, options.split)
-            return [{"metric": "reconstruction"} | self.inputs.protocol() | measured]
+            return [{"metric": "reconstruction"} | self.inputs.about_network | measured]
 
         self.record(report)
 
@@ -133,7 +133,7 @@ class _Job:
                 reference,
                 extractor,
                 tap,
-                self.inputs.protocol(),
+                self.inputs.about_samples,
                 options.draws if options.samples is None else None,
             )
 
@@ -144,7 +144,7 @@ class _Job:
         check(split in SPLITS, f"reference={split}: pixels are compared with train or test")
         samples = self.inputs.samples[0]
         real = self.inputs.split(split, self.inputs.options.reference_images)
-        self.record(lambda: [pixels.report(samples, real, split, self.inputs.protocol())])
+        self.record(lambda: [pixels.report(samples, real, split, self.inputs.about_samples)])
 
     def audit(self, *, in_features: bool) -> None:
         """Search in pixels, and in the deepest features there are up to those asked for."""
@@ -155,18 +155,17 @@ class _Job:
             self.inputs.split("test", samples.count),
         )
 
-        def report(audit: memorisation.Audit, space: str) -> Record:
-            name = f"audit_{space}_{self.inputs.origin}_{samples.count}.csv"
+        def report(audit: memorisation.Audit, space: str, seen: Record) -> Record:
+            name = memorisation.file_name(sets, space, self.inputs.origin, seen)
             path = self.inputs.place / "evaluations" / name
-            return memorisation.report(audit, sets, space, path, self.inputs.protocol())
+            return memorisation.report(audit, sets, space, path, self.inputs.about_samples) | seen
 
-        self.record(lambda: [report(memorisation.audit_pixels(sets, progress=True), "pixels")])
+        self.record(lambda: [report(memorisation.audit_pixels(sets, progress=True), "pixels", {})])
         if in_features:
             extractor = self.inputs.extractor
-            taps = (options.features, "768", "192", "64")
-            tap = next(tap for tap in taps if tap in extractor.weights.taps)
+            tap = extractor.weights.deepest(options.features)
             audit = memorisation.audit_features(extractor, tap, sets)
-            self.record(lambda: [report(audit, f"features-{tap}") | extractor.provenance()])
+            self.record(lambda: [report(audit, f"features-{tap}", extractor.provenance())])
 
 
 def build_reference(options: EvaluationOptions, devices: Devices | None = None) -> Path:

@@ -8,7 +8,9 @@ images are suspects; a sharp peak near zero is a memory.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,23 @@ def audit_features(extractor: Extractor, tap: str, sets: AuditSets) -> Audit:
 
 def _audit(samples: Nearest, held_out: Nearest) -> Audit:
     return Audit(samples.distances[:, 0], samples.indices[:, 0], held_out.distances[:, 0])
+
+
+def file_name(sets: AuditSets, space: str, origin: str, seen: dict[str, Any]) -> str:
+    """Name the CSV of an audit by all that tells it from others: a later one must not replace it.
+
+    An example is audit_pixels_step800000_ema0.9999_ddim50_seed0_5000_1a2b3c4d.csv.
+
+    Args:
+      origin: what people know the samples by.
+      seen: by what the features were computed, where distances are of features.
+    """
+    counts = [images.count for images in (sets.samples, sets.train, sets.held_out)]
+    known = [counts, sets.train.description, seen]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for _, pixels in sets.samples.blocks(1000):  # other samples may have the same name
+        digest.update(np.ascontiguousarray(pixels))
+    return f"audit_{space}_{origin}_{sets.samples.count}_{digest.hexdigest()[:8]}.csv"
 
 
 def save_csv(path: Path, audit: Audit) -> None:

@@ -10,6 +10,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.source import SPLITS
 from ddpm_jax.errors import EvaluationError
 from ddpm_jax.evaluation import quality
+from ddpm_jax.evaluation.inception.weights import FEATURES
 from ddpm_jax.files import default_cache
 
 OF_IMAGES = ("nll", "reconstruction")  # of a split of the run's data, not of samples
@@ -46,7 +47,7 @@ class EvaluationOptions:
 
       inception: a file of weights; None for those that are downloaded.
       cache: where weights and features are kept.
-      features: of Inception, one of quality.FEATURES.
+      features: of Inception, one of FEATURES.
       resize: to Inception's 299x299, "tf" (the paper's) or "half_pixel" (pytorch-fid's).
       reference: "train", "test", or a file of statistics or images.
       reference_images: the first so many of the split; None for all.
@@ -101,7 +102,7 @@ class EvaluationOptions:
             check(
                 name in METRICS, f"metrics={name}: any of {', '.join(METRICS)}, with commas between"
             )
-        for name, values in (("features", quality.FEATURES), ("split", SPLITS)):
+        for name, values in (("features", FEATURES), ("split", SPLITS)):
             value = getattr(self, name)
             check(value in values, f"{name}={value}: one of {', '.join(values)}")
         for name in ("num_images", "batch_size", "reference_images"):

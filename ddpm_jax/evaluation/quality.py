@@ -26,7 +26,6 @@ from ddpm_jax.evaluation.references import MOST_FEATURES, Reference
 from ddpm_jax.parallel import hosts
 
 METRICS = ("fid", "kid", "is", "sfid", "prdc")
-FEATURES = ("64", "192", "768", "2048")
 
 
 @dataclass(frozen=True, eq=False)

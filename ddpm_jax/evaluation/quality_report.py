@@ -100,7 +100,11 @@ def report(
         "reference": None,
     }
     if reference is not None:
-        shared["reference"] = {"file": reference.file, "provenance": reference.provenance}
+        shared["reference"] = {
+            "file": reference.file,
+            "whole": reference.whole,
+            "provenance": reference.provenance,
+        }
     return [
         {"metric": number.metric, "value": number.value, **number.extra, **shared}
         for number in numbers

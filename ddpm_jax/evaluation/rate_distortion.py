@@ -112,6 +112,19 @@ def save_plot(path: Path, nll: Nll, title: str) -> None:
         file.write(buffer.getvalue())
 
 
+def file_name(nll: Nll, protocol: Protocol, trained: Trained, split: str) -> str:
+    """Name the files of a measurement by all that tells it from others, which they must outlast.
+
+    An example is nll_test_step800000_ema0.9999_10000x1000_clip_tanh_seed0.
+    """
+    weights = trained.weights.replace(" ", "")
+    clip = "clip" if protocol.clip else "unclipped"
+    return (
+        f"nll_{split}_step{trained.step}_{weights}_{nll.images}x{len(nll.strata)}_"
+        f"{clip}_{protocol.cdf}_seed{protocol.seed}"
+    )
+
+
 def report(
     nll: Nll, protocol: Protocol, trained: Trained, split: str, workdir: Path
 ) -> dict[str, Any]:
@@ -133,8 +146,7 @@ def report(
         f"{nll.seconds:.0f} s for {nll.images} x {terms} forward passes, "
         "one for each image and term"
     )
-    weights = trained.weights.replace(" ", "")
-    name = f"nll_{split}_step{trained.step}_{weights}_{nll.images}x{terms}"
+    name = file_name(nll, protocol, trained, split)
     path = workdir / "evaluations" / name
     save_csv(path.with_name(f"{name}.csv"), nll)
     save_plot(path.with_name(f"{name}.png"), nll, title)

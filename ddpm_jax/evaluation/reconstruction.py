@@ -20,7 +20,7 @@ from ddpm_jax.images import from_uint8
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Progress
 from ddpm_jax.sampling.generate import build_generator
-from ddpm_jax.sampling.sampler import with_sampling
+from ddpm_jax.sampling.sampler import chain_steps, with_sampling
 from ddpm_jax.trained import Trained
 
 
@@ -74,7 +74,7 @@ def reconstruction_errors(
 def report(errors: np.ndarray, trained: Trained, split: str) -> dict[str, Any]:
     """Print the mean of `errors` with its standard error, and return the record."""
     config, error = trained.config, Estimate.of(errors)
-    steps, spacing = config.sampling.steps or config.diffusion.timesteps, config.sampling.spacing
+    steps, spacing = chain_steps(config), config.sampling.spacing
     print(
         f"{config.data.name} {split}, {len(errors)} images, {steps} steps, spacing {spacing}, "
         f"weights {trained.weights}, step {trained.step}"

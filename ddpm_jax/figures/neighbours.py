@@ -93,7 +93,7 @@ def draw_neighbours(job: Job) -> None:
         near = nearest(samples, source, columns, within=train.count, progress=True)
         results["levels 0..255"] = near
     if extractor is not None:
-        tap = next(tap for tap in ("2048", "768", "192", "64") if tap in extractor.weights.taps)
+        tap = extractor.weights.deepest()
         queries = of_array(samples, {"file": "samples"})
         near = nearest_in_features(extractor, tap, queries, train, columns)
         results[f"{tap} Inception features"] = near

@@ -22,12 +22,13 @@ from pathlib import Path
 from ddpm_jax.config import load_config
 from ddpm_jax.files import read_json
 from ddpm_jax.progress import say
-from ddpm_jax.reproduction import processes, rows
+from ddpm_jax.reproduction import processes, provenance, rows
 from ddpm_jax.reproduction.agreement import differences
 from ddpm_jax.reproduction.hour import Hour, HourOptions, open_hour
-from ddpm_jax.reproduction.ledger import Record
+from ddpm_jax.reproduction.ledger import Record, check
 from ddpm_jax.reproduction.processes import Stopped, stoppable
-from ddpm_jax.reproduction.rows import ROOT, check
+from ddpm_jax.reproduction.records import keep, newest_step, recorded
+from ddpm_jax.reproduction.rows import ROOT
 from ddpm_jax.reproduction.speed_page import speed_table, write_table
 
 RESERVE = 30.0  # seconds before the end of a call when a training is asked to save
@@ -80,7 +81,7 @@ def stages(hour: Hour) -> Iterator[tuple[str, Callable[[Hour], bool]]]:
     trained = hour.done.get("train", {})
     if not trained.get("ended") and trained.get("seconds", 0) < 60 * hour.options.train_minutes:
         yield "train", train
-    step = rows.newest_step(hour.options.workdir)
+    step = newest_step(hour.options.workdir)
     for name, stage in (("draw", draw), ("evaluate", evaluate)):
         if hour.done.get(name, {}).get("step") != step:
             yield name, stage
@@ -126,11 +127,10 @@ def agree(hour: Hour) -> bool:
     wrong = [difference for difference in found if not difference.within]
     for path in paths if wrong else ():
         path.unlink()  # the next call computes anew
-    check(
-        not wrong, f"{rows.device()} is not what a CPU computes: {', '.join(d.name for d in wrong)}"
-    )
+    names = ", ".join(difference.name for difference in wrong)
+    check(not wrong, f"{provenance.device()} is not what a CPU computes: {names}")
     worst = max(found, key=lambda difference: difference.value / difference.tolerance)
-    hour.keep("agreement", device=rows.device(), worst=worst.name, difference=worst.value)
+    hour.keep("agreement", device=provenance.device(), worst=worst.name, difference=worst.value)
     return True
 
 
@@ -153,7 +153,7 @@ def time_speed(hour: Hour, size: int, what: str) -> bool:
         for name, row in result[kind].items()
         if isinstance(row, dict) and "median_ms" in row
     }
-    hour.keep(f"speed {size} {what}", device=rows.device(), **times)
+    hour.keep(f"speed {size} {what}", device=provenance.device(), **times)
     write_table(hour.options.page, speed_table(hour.options.runs / "speed"))
     return True
 
@@ -172,8 +172,9 @@ def train(hour: Hour) -> bool:
 
     def note(ended: bool) -> None:
         spent = before + time.monotonic() - start
-        step = rows.newest_step(options.workdir)
-        hour.keep("train", step=step, seconds=round(spent, 1), ended=ended, device=rows.device())
+        step = newest_step(options.workdir)
+        where = {"step": step, "device": provenance.device()}
+        hour.keep("train", **where, seconds=round(spent, 1), ended=ended)
 
     try:
         code = processes.call(["-m", "ddpm_jax.cli", *command], seconds)
@@ -194,7 +195,7 @@ def saved(workdir: Path) -> bool:
 
 def draw(hour: Hour) -> bool:
     """Draw a grid of 64 samples of the newest checkpoint."""
-    step = rows.newest_step(hour.options.workdir)
+    step = newest_step(hour.options.workdir)
     path = hour.options.runs / f"grid_{step:07d}.png"
     command = ["sample", f"--workdir={hour.options.workdir}", f"--step={step}"]
     command += ["--num_images=64", f"--output={path}"]
@@ -207,10 +208,11 @@ def draw(hour: Hour) -> bool:
 def evaluate(hour: Hour) -> bool:
     """Evaluate the newest checkpoint, and add the records to the results.
 
-    Their scale is "hour": they fill no cell of a table, which is of a whole training.
+    Their scale is "hour": they fill no cell of a table, which is of a whole training. Each is added
+    as soon as it is measured, with the device of this call.
     """
     options = hour.options
-    step = rows.newest_step(options.workdir)
+    step = newest_step(options.workdir)
     if options.scale == "small":
         wanted = rows.small_evaluations(load_config(ROOT / hour.config))
     else:
@@ -221,17 +223,22 @@ def evaluate(hour: Hour) -> bool:
         wanted[-1]["inception"] = str(options.inception)
     else:
         say("no FID: inception=FILE names the weights of its network")
+    of_run = {"row": options.row, "scale": "hour", "origin": "trained"}
+
+    def store() -> list[Record]:
+        about = provenance.of_run(options.workdir) | {"trained": f"step {step}"}
+        keep(options.results, of_run, records := recorded(options.workdir), about)
+        return records
+
     for metrics, match in rows.grouped(wanted):
         part = f"evaluate {step} {' '.join(metrics)}"
         if part not in hour.done:
             command = rows.evaluation_command(options.workdir, metrics, match, options.data_dir)
             if not finished(hour, ["-m", "ddpm_jax.cli", *command]):
                 return False
+            store()
             hour.keep(part)
-    about = rows.provenance(options.workdir) | {"trained": f"step {step}"}
-    of_run = {"row": options.row, "scale": "hour", "origin": "trained"}
-    records = [of_run | record | about for record in rows.recorded(options.workdir)]
-    rows.keep(options.results, records)
+    records = store()
     values = {r["metric"]: round(r.get("value", r.get("total")), 4) for r in records}
     hour.keep("evaluate", step=step, **values)
     return True

@@ -13,8 +13,8 @@ from ddpm_jax.config import load_config
 from ddpm_jax.errors import LedgerError
 from ddpm_jax.files import read_json, replacing
 from ddpm_jax.reproduction import rows
-from ddpm_jax.reproduction.ledger import Record
-from ddpm_jax.reproduction.rows import HOME, RESULTS, ROOT, SMALL, check
+from ddpm_jax.reproduction.ledger import Record, check
+from ddpm_jax.reproduction.rows import HOME, RESULTS, ROOT, SMALL
 
 STATE = "first_hour.json"
 

@@ -6,8 +6,9 @@ benchmarks/results/reproduction.jsonl holds what scripts/reproduce.py measured, 
 evaluations.jsonl with its row, scale and origin. This module matches the two; `page` writes
 REPRODUCTION.md.
 
-A record fills a cell if it is of the cell's row, at full scale, and has every value that the cell's
-`match` names. Of several, the last counts.
+A record fills a cell if it is of the cell's row, at full scale, and was made as the cell asks: its
+`match` has flags of evaluate.py, those that any published number of the metric needs (`protocols`)
+and the cell's own. Of several records, the last counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ddpm_jax.errors import LedgerError
 
 Record = dict[str, Any]
 
+COUNTED = ("steps", "num_timesteps")  # flags whose 0 asks for all timesteps
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -30,7 +33,7 @@ class Cell:
     Attributes:
       row: of benchmarks/paper.json; None where nothing here would fill the cell.
       paper: the value as printed.
-      match: what a record must say to fill the cell.
+      match: the flags of the evaluation that fills the cell; None leaves one at its default.
       field: of the record, the value.
       at: where the value is one of the record's curve, the point of the curve.
     """
@@ -56,8 +59,41 @@ class Cell:
 
 
 def agrees(record: Record, match: Record) -> bool:
-    """Say whether `record` has every value of `match`."""
-    return all(record.get(name) == value for name, value in match.items())
+    """Say whether `record` was made with every flag of `match`."""
+    return not mismatch(record, match)
+
+
+def mismatch(record: Record, match: Record) -> list[str]:
+    """List the flags that `record` was made with otherwise than `match` asks, both values each."""
+    made, wrong = asked(record), []
+    for name, value in match.items():
+        if name in COUNTED and value == 0:
+            value = record.get("timesteps", 0)
+        if made.get(name) != value:
+            wrong.append(f"{name} is {made.get(name)}, not {value}")
+    return wrong
+
+
+def asked(record: Record) -> Record:
+    """Return what `record` says, by the names of the flags that ask for it."""
+    made = dict(record)
+    if "weights" in record:
+        # Imported weights may not say what they are: then they are what was published.
+        made["weights"] = "raw" if record["weights"].startswith("raw") else "ema"
+    if "guidance" in record.get("samples", {}):
+        made["guidance"] = record["samples"]["guidance"]
+    if reference := record.get("reference"):
+        known = reference.get("provenance", {})
+        # The record of `pixels` has no file of statistics, and names the split itself.
+        made["reference"] = known.get("images", reference).get("split")
+        made["reference_images"] = None if reference.get("whole") else known.get("count")
+    return made
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise LedgerError with `message` unless `condition` holds."""
+    if not condition:
+        raise LedgerError(message)
 
 
 def read_json(path: Path) -> Any:
@@ -91,23 +127,18 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def cells(table: Record) -> list[list[Cell]]:
-    """Return the cells `[rows][columns]` of a table of benchmarks/paper.json."""
+def cells(paper: Record, table: Record) -> list[list[Cell]]:
+    """Return the cells `[rows][columns]` of a table of `paper`, which is benchmarks/paper.json."""
     rows = []
     for line in table["rows"]:
-        match = line.get("match", {})
-        rows.append(
-            [
-                Cell(
-                    line.get("row"),
-                    value,
-                    match | column["match"],
-                    column["field"],
-                    line.get("at"),
-                )
-                for column, value in zip(table["columns"], line["values"], strict=True)
-            ]
-        )
+        cells_of_line = []
+        for column, value in zip(table["columns"], line["values"], strict=True):
+            shared = paper["protocols"][column["match"]["metric"]]
+            match = shared | line.get("match", {}) | column["match"]
+            cells_of_line.append(
+                Cell(line.get("row"), value, match, column["field"], line.get("at"))
+            )
+        rows.append(cells_of_line)
     return rows
 
 
@@ -117,11 +148,10 @@ def evaluations(paper: Record, row: str) -> list[Record]:
     Raises:
       LedgerError: there is no such row.
     """
-    if row not in paper["rows"]:
-        raise LedgerError(f"row={row}: one of {', '.join(paper['rows'])}")
+    check(row in paper["rows"], f"row={row}: one of {', '.join(paper['rows'])}")
     matches: list[Record] = []
     for table in paper["tables"]:
-        for cell in (cell for line in cells(table) for cell in line):
+        for cell in (cell for line in cells(paper, table) for cell in line):
             if cell.row == row and cell.match not in matches:
                 matches.append(cell.match)
     return matches

@@ -33,7 +33,7 @@ def number(value: float | None, error: float | None = None) -> str:
     return text if error is None else f"{text} ± {error:.2g}"
 
 
-def paper_section(table: Record, records: Sequence[Record]) -> str:
+def paper_section(paper: Record, table: Record, records: Sequence[Record]) -> str:
     """Write one table of a paper, its values and ours side by side.
 
     A cell of ours says "not run" where no record fills it.
@@ -43,7 +43,7 @@ def paper_section(table: Record, records: Sequence[Record]) -> str:
         *(f"{column['name']}, {who}" for column in table["columns"] for who in ("paper", "ours")),
     ]
     lines = []
-    for line, row in zip(table["rows"], cells(table)):
+    for line, row in zip(table["rows"], cells(paper, table)):
         values = [line["name"]]
         for cell in row:
             record = cell.measured(records)
@@ -57,7 +57,7 @@ def sources(paper: Record, records: Sequence[Record]) -> str:
     """Write how each of our values was obtained, a line for each record that fills a cell."""
     used: list[Record] = []
     for table in paper["tables"]:
-        for cell in (cell for line in cells(table) for cell in line):
+        for cell in (cell for line in cells(paper, table) for cell in line):
             record = cell.measured(records)
             if record is not None and record not in used:
                 used.append(record)
@@ -251,7 +251,7 @@ def figures_section(paper: Record) -> str:
 def document(root: Path, paper: Record, records: Sequence[Record]) -> str:
     """Write REPRODUCTION.md, with the reports and results below `root`."""
     full = [record for record in records if record["scale"] == "full"]
-    sections = "\n".join(paper_section(table, full) for table in paper["tables"])
+    sections = "\n".join(paper_section(paper, table, full) for table in paper["tables"])
     return f"""# What of the papers has been reproduced
 
 Written by `python scripts/reproduce.py --ledger` from benchmarks/paper.json (the papers' values)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from ddpm_jax.reproduction.rows import check
+from ddpm_jax.reproduction.ledger import check
 
 GRACE = 60.0  # seconds that a command has to save and end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -7,9 +7,6 @@ one process in at a time.
 
 from __future__ import annotations
 
-import csv
-import functools
-import json
 import shlex
 import subprocess
 import sys
@@ -17,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ddpm_jax.config import Config, load_config
-from ddpm_jax.errors import LedgerError
-from ddpm_jax.files import checkout, replacing, shipped
-from ddpm_jax.reproduction import ledger
-from ddpm_jax.runs.evaluations import read_evaluations
-from ddpm_jax.runs.workdir import load_workdir_config
+from ddpm_jax.files import checkout, shipped
+from ddpm_jax.progress import say
+from ddpm_jax.reproduction import ledger, provenance
+from ddpm_jax.reproduction.ledger import check
+from ddpm_jax.reproduction.records import keep, recorded
 
 ROOT = shipped("")  # of configs/, benchmarks/ and pretrained/
 HOME = checkout() or Path()  # of what is written
@@ -57,14 +52,8 @@ SMALL = {
     "train.sample_every": "0",
 }
 
-CURVE_ROWS = range(100, 1001, 100)  # of Table 4, in thousandths of the reverse steps
+HELD_OUT = 179  # digits of the test split
 SCALES = ("small", "full")
-
-DEVICE = """
-from ddpm_jax.parallel.devices import Devices
-devices = Devices().devices
-print(len(devices), "x", devices[0].device_kind)
-"""
 
 
 @dataclass(frozen=True)
@@ -121,18 +110,49 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
     )
     origin = "imported" if options.imported else "trained"
     workdir = options.runs / options.scale / (row if origin == "trained" else f"{row}_imported")
-    run(network_command(described, workdir, options), options.dry_run)
+    network = network_command(described, workdir, options)
+    if options.dry_run:
+        run(network, dry=True)
+        for metrics, match in grouped(evaluations):
+            run(evaluation_command(workdir, metrics, match, options.data_dir), dry=True)
+        return
+
+    of_run = {"row": row, "scale": options.scale, "origin": origin}
+
+    def store(about: ledger.Record, *, whole: bool = False) -> None:
+        fitting = [
+            record
+            for record in recorded(workdir)
+            if any(ledger.agrees(record, match) for match in evaluations)
+        ]
+        keep(options.results, of_run, fitting, about, whole=whole)
+
+    run(network, dry=False)
+    store(provenance.unknown(workdir))  # nobody noted who measured what is there already
     for metrics, match in grouped(evaluations):
-        records = [] if options.dry_run else recorded(workdir)
-        if not all(
-            any(ledger.agrees(record, {"metric": metric, **match}) for record in records)
-            for metric in metrics
-        ):
-            run(evaluation_command(workdir, metrics, match, options.data_dir), options.dry_run)
-    if not options.dry_run:
-        run_of = {"row": row, "scale": options.scale, "origin": origin}
-        about = provenance(workdir)
-        keep(options.results, [run_of | record | about for record in recorded(workdir)])
+        if _missing(recorded(workdir), metrics, match):
+            run(evaluation_command(workdir, metrics, match, options.data_dir), dry=False)
+            store(provenance.of_run(workdir))  # at once: the next call may be on another machine
+            measured = recorded(workdir)
+            for metric in _missing(measured, metrics, match):
+                say(_why_not(measured, {"metric": metric, **match}))
+    store(provenance.unknown(workdir), whole=True)
+
+
+def _missing(records: list[ledger.Record], metrics: list[str], match: ledger.Record) -> list[str]:
+    """Return those of `metrics` that no record has as `match` asks."""
+    return [
+        metric
+        for metric in metrics
+        if not any(ledger.agrees(record, {"metric": metric, **match}) for record in records)
+    ]
+
+
+def _why_not(records: list[ledger.Record], match: ledger.Record) -> str:
+    """Return why the newest record of a metric does not fill the cell that it was made for."""
+    newest = [record for record in records if record["metric"] == match["metric"]][-1:]
+    wrong = ", ".join(ledger.mismatch(newest[0], match)) if newest else "no record"
+    return f"{match['metric']}: its cell stays empty: {wrong}"
 
 
 def small_evaluations(config: Config) -> list[ledger.Record]:
@@ -143,8 +163,10 @@ def small_evaluations(config: Config) -> list[ledger.Record]:
     """
     sampler = "ancestral_small" if config.diffusion.variance == "learned" else "ancestral"
     return [
-        {"metric": "nll", "split": "test", "num_timesteps": 20},
-        {"metric": "pixels", "sampler": sampler, "steps": 50, "num_images": 512},
+        {"metric": "nll", "weights": "ema", "split": "test", "num_images": HELD_OUT}
+        | {"num_timesteps": 20, "clip": True, "cdf": "tanh"},
+        {"metric": "pixels", "weights": "ema", "sampler": sampler, "steps": 50}
+        | {"num_images": 512, "reference": "train"},
     ]
 
 
@@ -193,6 +215,7 @@ def evaluation_command(
     values = {
         name: str(value).lower() if isinstance(value, bool) else value
         for name, value in match.items()
+        if value is not None
     }
     return [
         "evaluate",
@@ -216,109 +239,3 @@ def run(command: list[str], dry: bool) -> None:
         process = [sys.executable, "-m", "ddpm_jax.cli", name.replace("_", "-"), *flags]
         code = subprocess.run(process, check=False).returncode
         check(code == 0, f"this command ended with code {code}: {line}")
-
-
-# ----------------------------------------------------------------------------------------- records
-
-
-def recorded(workdir: Path) -> list[ledger.Record]:
-    """Return what evaluations.jsonl says of the newest checkpoint, as the ledger's cells match it.
-
-    Records of images that the run did not draw have no step, and are left out.
-    """
-    newest = newest_step(workdir)
-    records = []
-    for record in read_evaluations(workdir):
-        if record.get("step") == newest:
-            sampling = record.get("samples", {}).get("sampling", {})
-            curve = {"curve_rows": curve_rows(workdir, record)} if "curve" in record else {}
-            records.append(record | sampling | {"metric": record["metric"].lower()} | curve)
-    return records
-
-
-def newest_step(workdir: Path) -> int:
-    """Return the step of the newest checkpoint, by the names of the folders.
-
-    Orbax, which could be asked, would open the accelerator for it.
-
-    Raises:
-      LedgerError: there is no checkpoint.
-    """
-    folders = (workdir / "checkpoints").glob("*")
-    steps = [int(folder.name) for folder in folders if folder.name.isdecimal()]
-    check(bool(steps), f"{workdir} has no checkpoint: delete it and start again")
-    return max(steps)
-
-
-def curve_rows(workdir: Path, record: ledger.Record) -> dict[str, dict[str, float]]:
-    """Return Table 4: rate and RMSE after 100, 200, ... of 1000 reverse steps.
-
-    Of a curve that lacks terms, the points that are nearest.
-    """
-    with (workdir / record["curve"]).open() as file:
-        lines = list(csv.DictReader(file))
-    steps = np.array([float(line["reverse_steps"]) for line in lines]) * 1000 / record["timesteps"]
-    nearest = {str(row): lines[int(np.abs(steps - row).argmin())] for row in CURVE_ROWS}
-    return {
-        row: {name: float(line[name]) for name in ("rate", "rmse")} for row, line in nearest.items()
-    }
-
-
-def keep(results: Path, new: list[ledger.Record]) -> None:
-    """Add `new` to the results, in place of what they held for the same run."""
-    runs = [{name: record[name] for name in ("row", "scale", "origin")} for record in new]
-    old = [
-        record
-        for record in ledger.read_records(results)
-        if not any(ledger.agrees(record, run) for run in runs)
-    ]
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(results) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in [*old, *new]).encode())
-
-
-def provenance(workdir: Path) -> ledger.Record:
-    """Return how long the run was trained, by which code, and on what."""
-    train = load_workdir_config(workdir).train
-    return {
-        "trained": f"{train.steps} x {train.batch_size}",
-        "commit": commit(),
-        "device": device(),
-    }
-
-
-def commit() -> str:
-    """Return the commit of the code, with a + where files differ from it."""
-    if checkout() is None:
-        return "unknown"  # a folder around the installation may be another project's
-    process = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return process.stdout.strip() or "unknown"
-
-
-@functools.cache
-def device() -> str:
-    """Return the number and kind of the devices, "8 x TPU v5 lite".
-
-    A process of its own looks, so that the devices stay free for the commands to come.
-
-    Raises:
-      LedgerError: it found none.
-    """
-    process = subprocess.run(
-        [sys.executable, "-c", DEVICE], capture_output=True, text=True, check=False
-    )
-    last = process.stderr.strip().splitlines()[-1:]
-    check(process.returncode == 0, f"no device could be asked for its kind: {' '.join(last)}")
-    return process.stdout.strip()
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise LedgerError with `message` unless `condition` holds."""
-    if not condition:
-        raise LedgerError(message)

@@ -17,6 +17,7 @@ from ddpm_jax.diffusion.chain import Frames, Update, recorded_chain, reverse_cha
 from ddpm_jax.diffusion.inpainting import Repaint, inpaint_chain
 from ddpm_jax.diffusion.process import Denoiser, GaussianDiffusion
 from ddpm_jax.diffusion.samplers import SamplerTable, ddim_inversion_table, sampler_table
+from ddpm_jax.diffusion.spacing import spaced_timesteps
 from ddpm_jax.errors import ConfigError
 
 MAX_FRAMES = 500
@@ -125,6 +126,19 @@ def build_sampler(
     frames = None if record is None else equidistant_frames(table.steps, record, num_frames)
     limits = options.clip, options.rederive_eps, options.dynamic_threshold
     return Sampler(process, table, *limits, frames, repaint)
+
+
+def chain_steps(config: Config) -> int:
+    """Count the steps of the chain of `config.sampling`, whose own `steps` may leave that open.
+
+    Raises:
+      ConfigError: an unknown spacing, or steps that it has not.
+    """
+    schedule, options = build_process(config).schedule, config.sampling
+    try:
+        return len(spaced_timesteps(schedule, options.steps, options.spacing))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def with_sampling(config: Config, **changes: Any) -> Config:

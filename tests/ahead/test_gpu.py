@@ -262,6 +262,7 @@ def test_each_program_is_lowered_for_all_devices():
         assert "num_partitions = 8" in LOWER[what](config, Devices(), 16).as_text()
     assert [steps_a_call(config, what) for what in PROGRAMS] == [1, 20, 20]
     assert steps_a_call(tiny_config(diffusion={"timesteps": 7}), "evaluate") == 7
+    assert steps_a_call(tiny_config(sampling={"spacing": "sections:2,3"}), "sample") == 5
 
 
 # ---------------------------------------------------------------------- the largest batch that fits
@@ -365,6 +366,8 @@ def test_the_table_keeps_gpus_and_tpus_apart():
         (["--config=configs/digits.py", "--target=h300"], "target=h300: not known"),
         (["--config=configs/digits.py", "--target=h100", "--what=draw"], "what=draw: any of"),
         (["--table", "README.md"], "not a report"),
+        (["--table", "pretrained/digits/config.json"], "config.json: not a report"),
+        (["--table", "benchmarks/results/cpu-epyc-digits.json"], "digits.json: not a report"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, monkeypatch):

@@ -75,6 +75,7 @@ def test_what_cannot_be_distilled_is_refused(teacher, student, tmp_path):
     with pytest.raises(UserError, match="steps=8,3: at least 1, and each half of the one before"):
         check_steps(teacher[0], [8, 3])
     assert check_steps(teacher[0], None) == [10]
+    assert check_steps(tiny_config(sampling={"spacing": "sections:3,5"}), None) == [4]
     assert check_steps(load_workdir_config(student), None) == [1]
     with pytest.raises(ConfigError, match="steps=11: the teacher takes twice as many"):
         student_config(teacher[1], 11, [])

@@ -27,11 +27,14 @@ from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.nll import Estimate, EvaluationError, Nll, Protocol, evaluate_nll
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.rate_distortion import table_4
-from ddpm_jax.evaluation.reconstruction import reconstruction_errors
+from ddpm_jax.evaluation.reconstruction import reconstruction_errors, report
 from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.reproduction import ledger
+from ddpm_jax.reproduction.records import recorded
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import append_evaluation, read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
+from ddpm_jax.trained import Trained
 from ddpm_jax.training.state import init_state
 from tests.support.commands import command_module as script
 from tests.support.tiny import images, tiny_config
@@ -257,6 +260,15 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def unlike_the_paper(workdir: Path) -> set[str]:
+    """Return the flags by which the newest record differs from that of the paper's first cell."""
+    made = recorded(workdir)[-1]
+    paper = ledger.read_json(Path("benchmarks/paper.json"))
+    cells = ledger.evaluations(paper, "eps_simple")
+    cell = next(one for one in cells if one["metric"] == made["metric"])
+    return {line.split()[0] for line in ledger.mismatch(made, cell)}
+
+
 def test_script_prints_a_table_and_leaves_a_record(
     workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +299,7 @@ def test_script_prints_a_table_and_leaves_a_record(
     }
     expected |= {"forward_passes": 400}
     assert record | expected == record
+    assert unlike_the_paper(workdir) == {"num_images", "cdf"}
     assert f"{record['total']:.5f}" in printed
     rows = list(csv.DictReader((workdir / record["curve"]).read_text().splitlines()))
     assert len(rows) == 20 and [float(row["t"]) for row in rows] == list(range(19, -1, -1))
@@ -323,7 +336,14 @@ def test_script_reconstructs(workdir: Path, capsys: pytest.CaptureFixture[str]) 
         "weights": "ema 0.9",
     }
     assert record | expected == record
+    assert unlike_the_paper(workdir) == {"num_images", "steps"}
     assert f"{record['value']:.6f} +- {record['standard_error']:.6f}" in printed
+
+
+def test_a_reconstruction_in_sections_has_the_steps_of_its_sections() -> None:
+    config = tiny_config(sampling={"spacing": "sections:3,4"})
+    record = report(np.ones(2), Trained(config, None, "ema 0.9", 3), "test")
+    assert (record["steps"], record["spacing"]) == (7, "sections:3,4")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ddpm_jax.evaluation.inception.files import Layers, fold, read_graph, read_n
 from ddpm_jax.evaluation.inception.network import WIDTHS, Inception
 from ddpm_jax.evaluation.inception.resize import bilinear_matrix, to_inception
 from ddpm_jax.evaluation.inception.weights import (
+    FEATURES,
     InceptionWeights,
     inception_of,
     layer_shapes,
@@ -76,6 +77,23 @@ def test_taps_have_their_widths_and_run_no_further_than_asked() -> None:
             lambda p, x, tap=tap: Inception((tap,)).apply({"params": p}, x), params, x
         )
         assert {name: leaf.shape for name, leaf in out.items()} == {tap: (2, width)}
+
+
+@pytest.mark.parametrize(
+    "taps, most, deepest",
+    [
+        (("64",), "2048", "64"),
+        (("64", "192", "768", "spatial"), "2048", "768"),
+        (("64", "192", "768", "spatial"), "192", "192"),
+        (("64", "192", "768", "2048", "spatial", "logits"), "2048", "2048"),
+        (("64", "192", "768", "2048", "spatial", "logits"), "64", "64"),
+    ],
+)
+def test_the_deepest_features_are_the_last_that_weights_reach(
+    taps: tuple[str, ...], most: str, deepest: str
+) -> None:
+    assert InceptionWeights({}, taps, "some.npz", "0").deepest(most) == deepest
+    assert set(FEATURES) < set(WIDTHS)
 
 
 def test_mean_pools_leave_the_padding_out() -> None:

@@ -28,6 +28,8 @@ from ddpm_jax.evaluation.quality_report import Number, format_numbers, over_seed
 from ddpm_jax.figures.neighbours import nearest_in_features
 from ddpm_jax.images import load_png, save_npz, save_png
 from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.reproduction import ledger
+from ddpm_jax.reproduction.records import recorded
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
@@ -386,6 +388,11 @@ def test_script_scores_a_run_and_notes_the_protocol(
         reference["provenance"]["images"]["split"] == "train"
         and reference["provenance"]["count"] == 40
     )
+    paper = ledger.read_json(Path("benchmarks/paper.json"))
+    (cell,) = (one for one in ledger.evaluations(paper, "lsun_cat") if one["metric"] == "fid")
+    (made,) = (one for one in recorded(workdir) if one["metric"] == "fid-64")
+    others = {line.split()[0] for line in ledger.mismatch(made, cell)}
+    assert others == {"metric", "sampler", "steps", "num_images", "reference_images"}
     assert len(reference["file"]["sha256"]) == len(reference["provenance"]["pixels_sha256"]) == 64
     pairs = workdir / records["audit-pixels"]["pairs"]
     rows = pairs.read_text().splitlines()

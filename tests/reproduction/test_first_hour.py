@@ -18,7 +18,7 @@ from ddpm_jax.cli import first_hour as command
 from ddpm_jax.cli import flags
 from ddpm_jax.config import load_config, save_json
 from ddpm_jax.errors import LedgerError
-from ddpm_jax.reproduction import agreement, first_hour, ledger, processes, rows
+from ddpm_jax.reproduction import agreement, first_hour, ledger, processes, provenance, rows
 from ddpm_jax.reproduction.hour import STATE, HourOptions
 from ddpm_jax.reproduction.processes import Stopped
 from ddpm_jax.reproduction.speed_page import BEGIN, END, write_table
@@ -86,7 +86,7 @@ class Commands:
 @pytest.fixture
 def hour(tmp_path, monkeypatch):
     """(options, how to run a call with these commands) of a rehearsal."""
-    monkeypatch.setattr(rows, "device", lambda: "1 x NVIDIA H100")
+    monkeypatch.setattr(provenance, "device", lambda: "1 x NVIDIA H100")
     options = HourOptions(scale="small", runs=tmp_path, batch_sizes=(128,))
 
     def spend(commands: Commands) -> int:
@@ -130,6 +130,19 @@ def test_what_is_cut_off_is_all_that_runs_again(hour, capsys, cut, how):
     assert len(ledger.read_records(options.results)) == 2
     state = json.loads((options.runs / STATE).read_text())
     assert state["done"]["train"]["ended"] and state["done"]["evaluate"]["step"] == 3
+
+
+def test_what_one_device_measured_is_not_said_of_the_next(hour, monkeypatch):
+    """The call ends between two evaluations, and the next one finds itself on another device."""
+    options, spend = hour
+    assert spend(Commands(options, cut=7)) == 0
+    monkeypatch.setattr(provenance, "device", lambda: "1 x NVIDIA H200")
+    assert spend(Commands(options)) == 0
+    records = ledger.read_records(options.results)
+    assert [(record["metric"], record["device"]) for record in records] == [
+        ("nll", "1 x NVIDIA H100"),
+        ("pixels", "1 x NVIDIA H200"),
+    ]
 
 
 def test_a_device_that_computes_something_else_ends_the_hour(hour):

@@ -15,11 +15,22 @@ from ddpm_jax.config import load_config
 from ddpm_jax.errors import LedgerError
 from ddpm_jax.reproduction import ledger
 from ddpm_jax.reproduction.page import document, findings_section, number, paper_section
-from ddpm_jax.reproduction.rows import evaluation_command, grouped, keep
+from ddpm_jax.reproduction.records import keep
+from ddpm_jax.reproduction.rows import evaluation_command, grouped
 
 ROOT = Path(__file__).parents[2]
 PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
-FID = {"metric": "fid", "sampler": "ancestral", "num_images": 50000, "value": 3.31}
+# As `recorded` returns them: the evaluation of 1000 ancestral steps, and that of all terms.
+FID = {
+    **{"metric": "fid", "value": 3.31, "num_images": 50000, "timesteps": 1000},
+    **{"sampler": "ancestral", "steps": 1000, "clip": True, "dynamic_threshold": 0.0},
+    **{"samples": {"guidance": 1.0}, "resize": "tf"},
+    "reference": {"whole": True, "provenance": {"images": {"split": "train"}, "count": 50000}},
+}
+NLL = {
+    **{"metric": "nll", "total": 3.7, "split": "test", "num_images": 10000},
+    **{"num_timesteps": 1000, "timesteps": 1000, "clip": True, "cdf": "tanh", "seed": 0},
+}
 
 
 def record(row: str = "eps_simple", scale: str = "full", **values) -> dict:
@@ -101,7 +112,7 @@ def test_every_row_has_a_config_and_commands_that_parse():
 def test_a_record_fills_its_cell_and_no_other():
     def ours(records: list[dict]) -> list[str]:
         text = paper_section(
-            table("Table 2: objectives"), [r for r in records if r["scale"] == "full"]
+            PAPER, table("Table 2: objectives"), [r for r in records if r["scale"] == "full"]
         )
         return [
             cell.strip()
@@ -127,18 +138,59 @@ def test_a_record_fills_its_cell_and_no_other():
     assert source in document(ROOT, PAPER, [record(**FID)])
 
 
+def reference(split: str, whole: bool, count: int) -> dict:
+    return {"whole": whole, "provenance": {"images": {"split": split}, "count": count}}
+
+
+@pytest.mark.parametrize(
+    "flag, made",
+    [
+        ("--weights=raw", FID | {"weights": "raw"}),
+        ("--reference=test", FID | {"reference": reference("test", True, 10000)}),
+        ("--reference_images=4000", FID | {"reference": reference("train", False, 4000)}),
+        ("--guidance=2", FID | {"samples": {"guidance": 2.0}}),
+        ("--resize=half_pixel", FID | {"resize": "half_pixel"}),
+        ("--steps=100", FID | {"steps": 100}),
+        ("--clip=false", FID | {"clip": False}),
+        ("--dynamic_threshold=0.99", FID | {"dynamic_threshold": 0.99}),
+        ("--num_images=100", NLL | {"num_images": 100}),
+        ("--num_timesteps=20", NLL | {"num_timesteps": 20}),
+        ("--cdf=erf", NLL | {"cdf": "erf"}),
+        ("--clip=false", NLL | {"clip": False}),
+        ("--weights=raw", NLL | {"weights": "raw, imported"}),
+    ],
+)
+def test_another_protocol_than_the_papers_fills_no_cell(flag, made):
+    """Each is a whole record but for one flag; without that the cell has its value."""
+    ours = table("Table 1: CIFAR-10, uncond")
+    as_asked = record(**(FID if made["metric"] == "fid" else NLL))
+    (number_there,) = (x for x in ("3.310", "3.700") if x in paper_section(PAPER, ours, [as_asked]))
+    assert number_there not in paper_section(PAPER, ours, [record() | made]), flag
+
+
+def test_all_steps_are_those_of_the_record_s_own_chain():
+    """The rows of Nichol & Dhariwal have 1000 timesteps or 4000."""
+    of_4000 = {"timesteps": 4000, "num_timesteps": 4000, "steps": 4000}
+    for made, value in ((NLL | {"total": 2.95}, "2.950"), (FID | {"value": 11.6}, "11.6")):
+        for change, there in ((of_4000, True), ({"timesteps": 4000}, False)):
+            (nichol,) = (one for one in PAPER["tables"] if "Nichol" in one["paper"])
+            text = paper_section(PAPER, nichol, [record("4k_cosine_vlb", **made | change)])
+            assert (f"| {value} |" in text) == there
+
+
 def test_table_4_is_read_off_the_curve():
     rows = {str(row): {"rate": row / 1000, "rmse": 50.0} for row in range(100, 1001, 100)}
-    text = paper_section(table("Table 4"), [record(metric="nll", split="test", curve_rows=rows)])
+    text = paper_section(PAPER, table("Table 4"), [record(**NLL, curve_rows=rows)])
     assert "| 300 | 0.00081 | 0.300 | 54.18826 | 50 |" in text
     assert "not run" not in text
 
 
 def test_a_run_replaces_its_own_results_only(tmp_path):
     results = tmp_path / "deep" / "results.jsonl"
-    keep(results, [record(value=1.0), record(value=2.0)])
-    keep(results, [record("mu_l_fixed", value=3.0)])
-    keep(results, [record(value=4.0)])
+    of_run = {"row": "eps_simple", "scale": "full", "origin": "trained"}
+    keep(results, of_run, [{"value": 1.0}, {"value": 2.0}], {})
+    keep(results, of_run | {"row": "mu_l_fixed"}, [{"value": 3.0}], {})
+    keep(results, of_run, [{"value": 4.0}], {})
     assert [(one["row"], one["value"]) for one in ledger.read_records(results)] == [
         ("mu_l_fixed", 3.0),
         ("eps_simple", 4.0),

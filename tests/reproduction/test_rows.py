@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 
 from ddpm_jax.cli import flags, reproduce
+from ddpm_jax.config import load_config, save_json
 from ddpm_jax.errors import LedgerError
-from ddpm_jax.reproduction import ledger, rows
-from ddpm_jax.reproduction.rows import ReproductionOptions, recorded
+from ddpm_jax.reproduction import ledger, provenance, rows
+from ddpm_jax.reproduction.records import recorded
+from ddpm_jax.reproduction.rows import ReproductionOptions
 
 ROOT = Path(__file__).parents[2]
+PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
 SAMPLING = {"sampler": "ancestral", "steps": 50}
 OWN = [
     {"metric": "nll", "weights": "ema 0.99", "step": 3, "total": 5.0, "split": "test"}
-    | {"num_timesteps": 20, "curve": "evaluations/nll.csv", "timesteps": 1000},
+    | {"num_images": 179, "num_timesteps": 20, "clip": True, "cdf": "tanh"}
+    | {"curve": "evaluations/nll.csv", "timesteps": 1000},
     {"metric": "pixels", "weights": "ema 0.99", "step": 3, "value": 1.0, "num_images": 512}
-    | {"samples": {"sampling": SAMPLING}},
+    | {"samples": {"sampling": SAMPLING}, "reference": {"split": "train", "count": 1618}},
 ]
 FOREIGN = {"metric": "FID", "value": 2.0, "data": "digits"}  # made with --samples: no step
 OLD = OWN[0] | {"step": 2}
@@ -81,7 +85,7 @@ def test_the_parent_opens_no_device(tmp_path):
 
 def test_the_platform_that_does_not_exist_would_end_a_parent_that_looks():
     environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", rows.DEVICE]
+    command = [sys.executable, "-c", provenance.DEVICE]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode != 0 and "nowhere" in process.stderr
 
@@ -90,24 +94,114 @@ def test_the_device_is_that_of_a_child(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
-    rows.device.cache_clear()
-    assert rows.device() == "3 x cpu"
-    rows.device.cache_clear()
+    provenance.device.cache_clear()
+    assert provenance.device() == "3 x cpu"
+    provenance.device.cache_clear()
     monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
     with pytest.raises(LedgerError, match="no device could be asked for its kind: .*nowhere"):
-        rows.device()
-    rows.device.cache_clear()
+        provenance.device()
+    provenance.device.cache_clear()
 
 
 def test_records_of_other_images_and_other_steps_are_left_out(tmp_path):
     with pytest.raises(LedgerError, match="has no checkpoint"):
         recorded(tmp_path)
+    (tmp_path / "config.json").write_text(save_json(load_config("configs/digits.py")))
     for step in ("2", "3", "4.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
     lines = [json.dumps(record) for record in (OLD, FOREIGN, OWN[1])]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
     (record,) = recorded(tmp_path)
-    assert record == OWN[1] | SAMPLING
+    assert record == OWN[1] | SAMPLING | {"timesteps": 1000}
+
+
+# ------------------------------------------------------------------------------------ provenance
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """(workdir, evaluations that are to come, how to reproduce on a machine) of a trained run."""
+    workdir, to_come = tmp_path / "runs" / "small" / "eps_simple", []
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "config.json").write_text(save_json(load_config("configs/digits.py")))
+    (workdir / "evaluations").mkdir()
+    (workdir / "evaluations" / "nll.csv").write_text("reverse_steps,rate,rmse\n1000,3,1\n")
+
+    def run(command: list[str], dry: bool) -> None:
+        if command[0] == "evaluate":
+            with (workdir / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(next_one := to_come.pop(0)) + "\n")
+            assert f"--metrics={next_one['metric']}" in command
+
+    def reproduce_on(device: str, commit: str) -> list[dict]:
+        monkeypatch.setattr(rows, "run", run)
+        monkeypatch.setattr(provenance, "device", lambda: device)
+        monkeypatch.setattr(provenance, "commit", lambda: commit)
+        results = tmp_path / "results.jsonl"
+        options = ReproductionOptions(runs=tmp_path / "runs", results=results)
+        rows.reproduce(PAPER, "eps_simple", options)
+        return ledger.read_records(results)
+
+    return workdir, to_come, reproduce_on
+
+
+def test_records_keep_the_machine_that_measured_them(machine):
+    """A laptop at another commit measures nothing anew, and says nothing of what it finds."""
+    _, to_come, reproduce_on = machine
+    to_come += OWN
+    records = reproduce_on("1 x H100", "1a2b3c4")
+    assert [(one["device"], one["commit"]) for one in records] == [("1 x H100", "1a2b3c4")] * 2
+    assert reproduce_on("1 x cpu", "5d6e7f8") == records
+
+
+def test_what_is_measured_anew_has_the_machine_of_its_own(machine):
+    workdir, to_come, reproduce_on = machine
+    to_come += OWN
+    reproduce_on("1 x H100", "1a2b3c4")
+    (workdir / "evaluations.jsonl").write_text(json.dumps(OWN[0]) + "\n")
+    to_come.append(OWN[1] | {"value": 2.0})
+    found = {one["metric"]: one for one in reproduce_on("1 x cpu", "5d6e7f8")}
+    assert (found["nll"]["device"], found["pixels"]["device"]) == ("1 x H100", "1 x cpu")
+    assert (found["nll"]["commit"], found["pixels"]["commit"]) == ("1a2b3c4", "5d6e7f8")
+    assert found["pixels"]["value"] == 2.0
+
+
+def test_a_call_that_ends_early_has_noted_what_it_measured(machine):
+    _, to_come, reproduce_on = machine
+    to_come.append(OWN[0])  # the second evaluation finds none, and ends the call
+    with pytest.raises(IndexError):
+        reproduce_on("1 x H100", "1a2b3c4")
+    to_come.append(OWN[1])
+    records = reproduce_on("1 x cpu", "5d6e7f8")
+    assert [one["device"] for one in records] == ["1 x H100", "1 x cpu"]
+
+
+def test_nobody_is_said_to_have_measured_what_is_found(machine):
+    workdir, _, reproduce_on = machine
+    lines = [json.dumps(record) + "\n" for record in OWN]
+    (workdir / "evaluations.jsonl").write_text("".join(lines))
+    records = reproduce_on("1 x cpu", "5d6e7f8")
+    assert [(one["device"], one["commit"]) for one in records] == [("unknown", "unknown")] * 2
+    assert [one["trained"] for one in records] == ["900 x 128"] * 2
+
+
+def test_an_estimate_stands_in_for_no_evaluation(machine, capsys):
+    """Estimates of a few images lie in the run directory: they are passed over and not kept."""
+    workdir, to_come, reproduce_on = machine
+    estimates = [OWN[0] | {"num_images": 5, "total": 9.0}, OWN[1] | {"weights": "raw"}]
+    lines = [json.dumps(record) + "\n" for record in estimates]
+    (workdir / "evaluations.jsonl").write_text("".join(lines))
+    to_come += OWN
+    assert [one.get("total", one.get("value")) for one in reproduce_on("a", "b")] == [5.0, 1.0]
+    assert "stays empty" not in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fills_no_cell_says_why(machine, capsys):
+    _, to_come, reproduce_on = machine
+    to_come += [OWN[0] | {"num_images": 100}, OWN[1]]
+    assert [one["metric"] for one in reproduce_on("a", "b")] == ["pixels"]
+    said = capsys.readouterr()
+    assert "nll: its cell stays empty: num_images is 100, not 179" in said.out + said.err
 
 
 def test_defaults_are_those_of_the_flags():

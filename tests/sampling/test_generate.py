@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, validate
+from ddpm_jax.diffusion.samplers import SAMPLERS
+from ddpm_jax.errors import ConfigError
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling import generate
 from ddpm_jax.sampling.generate import Generator
 from ddpm_jax.sampling.guidance import guided
-from ddpm_jax.sampling.sampler import build_sampler, equidistant_frames
+from ddpm_jax.sampling.sampler import build_sampler, chain_steps, equidistant_frames
 from tests.support.tiny import tiny_config
 
 T, SHAPE = 8, (2, 2, 1)
@@ -69,6 +71,20 @@ def test_samples_are_the_chain_written_out(sampler: str, eta: float) -> None:
             x = np.sqrt(after) * x0 + np.sqrt(max(1 - after - sigma**2, 0)) * eps
             x += sigma * written_out_noise(4, index, t)
         np.testing.assert_allclose(sample, x, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "steps, spacing, count", [(0, "linspace", 8), (3, "trailing", 3), (0, "sections:2,3", 5)]
+)
+def test_the_steps_of_a_chain_are_those_that_its_sampler_takes(
+    steps: int, spacing: str, count: int
+) -> None:
+    for sampler in SAMPLERS:
+        config = config_with(sampler=sampler, steps=steps, spacing=spacing)
+        assert chain_steps(config) == build_sampler(config).steps == count
+    assert build_sampler(config, inverted=True).steps == count
+    with pytest.raises(ConfigError, match="spacing=sections:2,3 has 5; leave steps at 0"):
+        chain_steps(config_with(steps=4, spacing="sections:2,3"))
 
 
 def test_classes_reach_the_network() -> None:

@@ -22,6 +22,7 @@ from ddpm_jax.evaluation.inception.network import SIZE, WIDTHS, Inception
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 CHECKSUM = "sha256:6726825d"  # its first digits, which the publisher put into the name
+FEATURES = ("64", "192", "768", "2048")  # taps that metrics are of, the deepest last
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +41,14 @@ class InceptionWeights:
     name: str
     sha256: str
 
+    def deepest(self, most: str = FEATURES[-1]) -> str:
+        """Return the deepest of FEATURES that these weights reach, `most` or one before it."""
+        return [tap for tap in FEATURES[: FEATURES.index(most) + 1] if tap in self.taps][-1]
+
     def require(self, tap: str, what: str) -> None:
         """Raise EvaluationError, with the remedy, unless these weights reach `tap`."""
         if tap not in self.taps:
-            last = next(tap for tap in ("2048", "768", "192", "64") if tap in self.taps)
+            last = self.deepest()
             instead = (
                 f", or ask for features={last}, a number of its own kind" if tap == "2048" else ""
             )

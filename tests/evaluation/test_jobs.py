@@ -1,0 +1,173 @@
+"""What evaluations leave behind: records that say what they are of, in files of their own."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.build import build_process
+from ddpm_jax.data.load import load_source
+from ddpm_jax.diffusion.bound import rate_distortion as curve_of
+from ddpm_jax.diffusion.bound import timestep_strata
+from ddpm_jax.evaluation import inputs, jobs, rate_distortion, reconstruction, references
+from ddpm_jax.evaluation.jobs import evaluate
+from ddpm_jax.evaluation.nll import Estimate, Nll, Protocol
+from ddpm_jax.evaluation.options import EvaluationOptions
+from ddpm_jax.evaluation.references import Reference
+from ddpm_jax.images import save_npz
+from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.runs.checkpoints import Checkpoints
+from ddpm_jax.runs.workdir import claim_workdir
+from ddpm_jax.trained import Trained
+from ddpm_jax.training.state import init_state
+from tests.support.inception import pictures, save_layers
+from tests.support.tiny import tiny_config
+
+CONFIG, ONE = tiny_config(), Devices(jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    claim_workdir(folder, CONFIG)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, init_state(CONFIG).replace(step=jnp.int32(3)))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the generator draw noise of the seed and of what it is built with."""
+
+    def build(config, devices, **how):
+        sampling = sum(map(ord, str(config.sampling)))
+
+        def draw(params, *, seed: int, indices: np.ndarray, labels: None) -> np.ndarray:
+            first = float(jax.tree.leaves(params)[0].ravel()[0])
+            random = np.random.default_rng([seed, sampling, int(abs(first) * 1e9)])
+            return random.uniform(-1, 1, (len(indices), 8, 8, 1)).astype(np.float32)
+
+        return types.SimpleNamespace(draw=draw, sampler=types.SimpleNamespace(steps=20))
+
+    monkeypatch.setattr(inputs, "build_generator", build)
+
+
+@pytest.fixture
+def nll(monkeypatch: pytest.MonkeyPatch) -> Nll:
+    """Return a bound of two images and three strata; nothing is plotted."""
+    monkeypatch.setattr(rate_distortion, "save_plot", lambda *_: None)
+    strata, some = timestep_strata(build_process(CONFIG).schedule, 3), Estimate(1.0, 0.1)
+    term = np.array([0.3, 0.2, 0.1])
+    curve = curve_of(strata, 0.0, term, 0 * term, term)
+    return Nll(strata, *[some] * 4, term, 0 * term, curve, images=2, seconds=1.0)
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open() as file:
+        return list(csv.reader(file))
+
+
+def test_a_likelihood_keeps_its_curve_whatever_is_measured_after_it(
+    nll: Nll, tmp_path: Path
+) -> None:
+    """Each has terms of its own here, and still has them when all are written."""
+    trained = Trained(CONFIG, None, "ema 0.9", 3)
+    curves = {}
+    protocols = [Protocol(), Protocol(clip=False), Protocol(cdf="erf"), Protocol(seed=1)]
+    for number, protocol in enumerate(protocols):
+        own = dataclasses.replace(nll, term=nll.term + number)
+        record = rate_distortion.report(own, protocol, trained, "test", tmp_path)
+        curves[tmp_path / record["curve"]] = own.term[0]
+    assert len(curves) == 4
+    for path, term in curves.items():
+        assert float(rows_of(path)[-1][3]) == pytest.approx(term)
+    names = sorted(path.name for path in curves)
+    assert names[0] == "nll_test_step3_ema0.9_2x3_clip_erf_seed0.csv"
+    assert "nll_test_step3_ema0.9_2x3_unclipped_tanh_seed0.csv" in names
+    assert "nll_test_step3_ema0.9_2x3.csv" not in names  # as files were called before
+
+
+def test_an_audit_keeps_its_pairs_whatever_is_measured_after_it(workdir: Path, drawn: None) -> None:
+    """The distances of each record are in its file when all are written."""
+    common = {"metrics": ("audit",), "workdir": workdir, "num_images": 4, "reference_images": 30}
+    changes = [
+        {},
+        {"seed": 1},
+        {"weights": "raw"},
+        {"sampler": "ddim"},
+        {"reference_images": 20},
+    ]
+    files = {}
+    for change in changes:
+        (record,) = evaluate(EvaluationOptions(**common | change), ONE)
+        path = workdir / record["pairs"]
+        assert path not in files
+        files[path] = rows_of(path)
+        assert path.with_suffix(".png").is_file()
+    for path, rows in files.items():
+        assert rows_of(path) == rows
+    assert next(iter(files)).name.startswith("audit_pixels_step3_ema0.9_ancestral20_seed0_4_")
+    (again,) = evaluate(EvaluationOptions(**common), ONE)
+    assert workdir / again["pairs"] == next(iter(files))  # the same protocol has the same file
+
+
+def test_audits_of_samples_by_the_same_name_have_files_of_their_own(
+    workdir: Path, tmp_path: Path
+) -> None:
+    pairs = []
+    for number in (1, 2):
+        path = tmp_path / str(number) / "samples.npz"
+        path.parent.mkdir()
+        save_npz(path, pictures(4, channels=1, seed=number))
+        options = {"metrics": ("audit",), "samples": path, "reference_images": 30}
+        (record,) = evaluate(EvaluationOptions(workdir=workdir, **options), ONE)
+        pairs.append(record["pairs"])
+    assert pairs[0] != pairs[1]
+    assert all(pair.startswith("evaluations/audit_pixels_samples_4_") for pair in pairs)
+
+
+def test_records_of_the_network_name_it_beside_samples_of_others(
+    workdir: Path, nll: Nll, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound and the reconstruction are the run's; the distance is that of the samples."""
+    monkeypatch.setattr(jobs, "evaluate_nll", lambda *_, **__: nll)
+    monkeypatch.setattr(reconstruction, "reconstruction_errors", lambda *_, **__: np.ones(4))
+    save_npz(tmp_path / "own.npz", load_source(CONFIG.data, "data", "train").images[:4])
+    options = EvaluationOptions(
+        metrics=("nll", "reconstruction", "pixels"),
+        workdir=workdir,
+        samples=tmp_path / "own.npz",
+        num_images=4,
+        reference_images=30,
+    )
+    *of_network, of_samples = evaluate(options, ONE)
+    for record in of_network:
+        assert (record["weights"], record["step"]) == ("ema 0.9", 3)
+    assert "weights" not in of_samples and "step" not in of_samples
+    assert {record["data"] for record in (*of_network, of_samples)} == {"digits"}
+
+
+@pytest.mark.parametrize("count, whole", [(None, True), (30, False), (10_000, True)])
+def test_a_reference_says_whether_it_is_of_the_whole_split(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int | None, whole: bool
+) -> None:
+    save_layers(tmp_path / "three.npz")
+    known = Reference(None, None, None, {})
+    monkeypatch.setattr(references, "look_up", lambda *_: known)
+    monkeypatch.setattr(references, "check", lambda *_: None)
+    options = EvaluationOptions(
+        metrics=("fid",),
+        workdir=workdir,
+        features="64",
+        inception=tmp_path / "three.npz",
+        cache=tmp_path,
+        reference_images=count,
+    )
+    assert inputs.Inputs(options, ONE).reference().whole == whole
