@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_jax.config import Config, load_config
+from ddpm_jax.config import Config, differences, load_config
 from ddpm_jax.files import checkout, shipped
 from ddpm_jax.progress import say
 from ddpm_jax.reproduction import ledger, provenance
 from ddpm_jax.reproduction.ledger import check
 from ddpm_jax.reproduction.records import keep, recorded
+from ddpm_jax.runs.workdir import FREE_TO_CHANGE
 
 ROOT = shipped("")  # of configs/, benchmarks/ and pretrained/
 HOME = checkout() or Path()  # of what is written
@@ -51,6 +52,12 @@ SMALL = {
     "train.checkpoint_every": "300",
     "train.sample_every": "0",
 }
+
+# Fields that a row at full scale may have otherwise: they make no other network.
+FREE = (
+    *(name for name in FREE_TO_CHANGE if name != "train.steps"),
+    *("model.dtype", "model.remat", "train.accumulation"),
+)
 
 HELD_OUT = 179  # digits of the test split
 SCALES = ("small", "full")
@@ -108,6 +115,7 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
         not options.imported or "import" in described,
         f"row={row}: no checkpoint of it has been published",
     )
+    _check_overrides(described["config"], options)
     origin = "imported" if options.imported else "trained"
     workdir = options.runs / options.scale / (row if origin == "trained" else f"{row}_imported")
     network = network_command(described, workdir, options)
@@ -137,6 +145,26 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
             for metric in _missing(measured, metrics, match):
                 say(_why_not(measured, {"metric": metric, **match}))
     store(provenance.unknown(workdir), whole=True)
+
+
+def _check_overrides(config: str, options: ReproductionOptions) -> None:
+    """Check that the run of a row is what its cells say that it is.
+
+    Raises:
+      LedgerError: a field that makes another network of a row at full scale, or any of one that
+        is imported.
+    """
+    if options.scale != "full" or not options.overrides:
+        return
+    named = f"config.{options.overrides[0]}"
+    check(not options.imported, f"{named}: an imported network is not trained: leave it out")
+    own, asked = load_config(ROOT / config), load_config(ROOT / config, options.overrides)
+    other = [line for line in differences(own, asked) if not line.startswith(FREE)]
+    check(
+        not other,
+        f"config.{''.join(other[:1])}: at scale=full a row is trained as the paper says: "
+        "leave it out, or train by itself with ddpm train",
+    )
 
 
 def _missing(records: list[ledger.Record], metrics: list[str], match: ledger.Record) -> list[str]:

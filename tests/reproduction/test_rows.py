@@ -212,12 +212,27 @@ def test_defaults_are_those_of_the_flags():
 def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
     arguments = ["--row=eps_simple", "--scale=full", f"--runs={tmp_path}", "--dry_run"]
-    reproduce.main([*arguments, "--config.train.steps=3", "--imported=x.ckpt"])
-    reproduce.main([*arguments, "--config.train.steps=3"])
+    reproduce.main([*arguments, "--imported=x.ckpt"])
+    reproduce.main([*arguments, "--config.train.keep_every=5"])
     lines = capsys.readouterr().out.splitlines()
     assert "ddpm import-weights --layout=pesser --input=x.ckpt" in lines[0]
     (training,) = (line for line in lines if line.startswith("ddpm train "))
-    assert training.endswith("--data_dir=data --config.train.steps=3")
+    assert training.endswith("--data_dir=data --config.train.keep_every=5")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--config.train.steps=3"], "config.train.steps: 800000 -> 3: at scale=full a row is"),
+        (["--config.data.flip=false", "--config.train.keep_every=5"], "config.data.flip: True -> "),
+        (["--config.train.keep_every=5", "--imported=x.ckpt"], "config.train.keep_every=5: an imp"),
+    ],
+)
+def test_a_row_at_full_scale_is_what_its_cells_say(tmp_path, given, said):
+    """With fewer steps it would fill the papers' cells all the same."""
+    with pytest.raises(LedgerError, match=said):
+        reproduce.main(["--row=eps_simple", "--scale=full", f"--runs={tmp_path}", *given])
     assert not any(tmp_path.iterdir())
 
 
