@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument_group("config fields").add_argument(
         "--config.SECTION.FIELD",
         metavar="VALUE",
-        help="override one field of the row's config, at full scale one that makes no other "
-        "network, such as train.keep_every; repeatable",
+        help="override one field of the row's config, at full scale one that the papers "
+        "leave open, such as seed; repeatable",
     )
     return command
 

@@ -6,7 +6,9 @@ the sections say is for the coders, which notice that it is not what was encoded
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from ddpm_jax.files import parse_json, replacing
 
 FORMAT = "ddpm_jax images 1"
 METHODS = ("lossless", "progressive")
+MOST_AT_ONCE = 2**16  # images of a group, or lanes: a damaged file may claim any number
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Settings:
         for name, least in (("group", 1), ("lanes", 1), ("step_rate", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise CodingError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if max(self.group, self.lanes) > MOST_AT_ONCE:
+            raise CodingError(
+                f"group={self.group}, lanes={self.lanes}: must be at most {MOST_AT_ONCE}"
+            )
 
     @classmethod
     def of(cls, values: Any) -> Settings:
@@ -145,21 +152,24 @@ class Coded:
 
 
 def _check_header(header: dict[str, Any], sizes: list[int]) -> None:
-    """Check what a decoder reads of a header, and that the sections are those of its coder.
+    """Check what a decoder reads of a header, in place, and that the sections are of its coder.
 
     Raises:
       ConfigError: a value of another type.
       CodingError: a value that no encoder writes.
     """
     shape = typed(header.get("shape"), tuple[int, ...], "shape")
-    if len(shape) != 4 or min(shape) < 1:
+    if len(shape) != 4 or min(shape) < 1 or math.prod(shape) >= 2**48:
         raise CodingError(f"shape={short(shape)}: images, height, width, channels")
     settings = Settings.of(header.get("settings"))
+    # What was checked is what a decoder gets: 8.0 has passed as 8.
+    header |= {"shape": [*shape], "settings": dataclasses.asdict(settings)}
     if not isinstance(header.get("model"), dict):
         raise CodingError(f"model={short(header.get('model'))}: must be an object")
     if settings.method == "lossless":
         count, lanes, heads, tails = 2, settings.lanes, sizes[0::2], sizes[1::2]
-        if typed(header.get("borrowed"), int, "borrowed") < 0:
+        header["borrowed"] = typed(header.get("borrowed"), int, "borrowed")
+        if header["borrowed"] < 0:
             raise CodingError(f"borrowed={header['borrowed']}: must be at least 0")
     else:
         count, lanes, heads, tails = 3 * -(-shape[0] // settings.group), 1, sizes[1::3], sizes[2::3]

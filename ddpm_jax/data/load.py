@@ -151,8 +151,8 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
         labels = None if labels is None else np.asarray(labels)
         if len(images) == 0 or (labels is not None and labels.shape != images.shape[:1]):
             raise DataError(f"{name}: needs at least one image, and one label for each if any")
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < 0):
-            raise DataError(f"{name}: labels must be whole numbers from 0 on")
+        if labels is not None and labels.dtype.kind not in "iu":
+            raise DataError(f"{name}: labels are {labels.dtype}: must be whole numbers")
         source = ArraySource(images, None if labels is None else labels.astype(np.int32))
     expected = (*data.sides, data.channels)
     if tuple(source.image_shape) != expected:

@@ -212,8 +212,6 @@ def _check_stream_labels(what: str, labels: np.ndarray, count: int) -> None:
             f"{what} has labels {labels.dtype} {list(labels.shape)} for {count} images: "
             f"must be whole numbers [{count}], one for each"
         )
-    if labels.min(initial=0) < 0:
-        raise DataError(f"{what} has the label {labels.min()}: classes are numbered from 0")
 
 
 def decode_into_memory(records: RecordSource, title: str, *, skip_bad: bool = False) -> Source:

@@ -225,20 +225,21 @@ def evaluate(hour: Hour) -> bool:
         say("no FID: inception=FILE names the weights of its network")
     of_run = {"row": options.row, "scale": "hour", "origin": "trained"}
 
-    def store() -> list[Record]:
-        about = provenance.of_run(options.workdir) | {"trained": f"step {step}"}
-        keep(options.results, of_run, records := recorded(options.workdir), about)
+    def store(about: Record, *, whole: bool = True) -> list[Record]:
+        about = about | {"trained": f"step {step}"}
+        keep(options.results, of_run, records := recorded(options.workdir), about, whole=whole)
         return records
 
+    store(provenance.unknown(options.workdir), whole=False)  # of a call that was cut off
     for metrics, match in rows.grouped(wanted):
         part = f"evaluate {step} {' '.join(metrics)}"
         if part not in hour.done:
             command = rows.evaluation_command(options.workdir, metrics, match, options.data_dir)
             if not finished(hour, ["-m", "ddpm_jax.cli", *command]):
                 return False
-            store()
+            store(provenance.of_run(options.workdir))
             hour.keep(part)
-    records = store()
+    records = store(provenance.of_run(options.workdir))
     values = {r["metric"]: round(r.get("value", r.get("total")), 4) for r in records}
     hour.keep("evaluate", step=step, **values)
     return True

@@ -20,7 +20,7 @@ from ddpm_jax.progress import say
 from ddpm_jax.reproduction import ledger, provenance
 from ddpm_jax.reproduction.ledger import check
 from ddpm_jax.reproduction.records import keep, recorded
-from ddpm_jax.runs.workdir import FREE_TO_CHANGE
+from ddpm_jax.runs.workdir import FREE_TO_CHANGE, RECORD, imported_weights
 
 ROOT = shipped("")  # of configs/, benchmarks/ and pretrained/
 HOME = checkout() or Path()  # of what is written
@@ -53,10 +53,10 @@ SMALL = {
     "train.sample_every": "0",
 }
 
-# Fields that a row at full scale may have otherwise: they make no other network.
+# Fields that a row at full scale may have otherwise: the papers do not say them.
 FREE = (
     *(name for name in FREE_TO_CHANGE if name != "train.steps"),
-    *("model.dtype", "model.remat", "train.accumulation"),
+    *("model.dtype", "model.remat", "train.accumulation", "seed"),
 )
 
 HELD_OUT = 179  # digits of the test split
@@ -135,7 +135,14 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
         ]
         keep(options.results, of_run, fitting, about, whole=whole)
 
-    run(network, dry=False)
+    if not _is_imported(workdir, options.imported):  # which cannot be done a second time
+        run(network, dry=False)
+    weights = imported_weights(workdir, "ema") or ""
+    check(
+        not weights.startswith("raw"),
+        f"imported={options.imported} has raw weights alone, where the papers have averages: "
+        "name a file with averages",
+    )
     store(provenance.unknown(workdir))  # nobody noted who measured what is there already
     for metrics, match in grouped(evaluations):
         if _missing(recorded(workdir), metrics, match):
@@ -144,7 +151,9 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
             measured = recorded(workdir)
             for metric in _missing(measured, metrics, match):
                 say(_why_not(measured, {"metric": metric, **match}))
-    store(provenance.unknown(workdir), whole=True)
+    there = recorded(workdir)
+    done = not any(_missing(there, metrics, match) for metrics, match in grouped(evaluations))
+    store(provenance.unknown(workdir), whole=done)  # a cell that stays empty keeps what it had
 
 
 def _check_overrides(config: str, options: ReproductionOptions) -> None:
@@ -165,6 +174,12 @@ def _check_overrides(config: str, options: ReproductionOptions) -> None:
         f"config.{''.join(other[:1])}: at scale=full a row is trained as the paper says: "
         "leave it out, or train by itself with ddpm train",
     )
+
+
+def _is_imported(workdir: Path, file: Path | None) -> bool:
+    """Say whether a run directory was imported from this file."""
+    record = workdir / RECORD
+    return record.is_file() and ledger.read_json(record).get("source") == str(file)
 
 
 def _missing(records: list[ledger.Record], metrics: list[str], match: ledger.Record) -> list[str]:

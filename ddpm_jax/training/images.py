@@ -13,7 +13,7 @@ def check_labels(config: Config, source: Source | Stream) -> None:
     """Check that `source` has the classes of the network, now or as it is read.
 
     Raises:
-      ConfigError: it has no labels, or more classes.
+      ConfigError: it has no labels, or others than the classes.
     """
     classes, name = config.model.num_classes, config.data.name
     if not classes:
@@ -25,6 +25,8 @@ def check_labels(config: Config, source: Source | Stream) -> None:
 
     def check_each(labels: np.ndarray) -> None:
         check_largest(int(labels.max(initial=0)))
+        least = int(labels.min(initial=0))
+        check(least >= 0, f"data set {name!r} has the label {least}: classes are numbered from 0")
 
     what = f"config.model.num_classes={classes}: data set {name!r} has no labels; set it to 0"
     check(source.labelled, what)

@@ -52,6 +52,7 @@ def test_files_of_the_encoder_are_read_and_written_again(make) -> None:
         ("shape", [3, 8, 8]),
         ("shape", [0, 8, 8, 1]),
         ("shape", [3, 8, "8", 1]),
+        ("shape", [2**40, 64, 64, 1]),
         ("settings", REMOVED),
         ("settings", [1]),
         ("settings", {"metod": "lossless"}),
@@ -59,6 +60,7 @@ def test_files_of_the_encoder_are_read_and_written_again(make) -> None:
         ("settings", {"method": ["lossless"]}),
         ("settings", {"group": "20"}),
         ("settings", {"group": 0}),
+        ("settings", {"group": 2**40}),
         ("settings", {"step_rate": None}),
         ("model", REMOVED),
         ("model", "ema"),
@@ -79,6 +81,19 @@ def test_a_header_that_no_encoder_writes_is_one_line(make, field: str, value: ob
     with pytest.raises(CodingError, match="^x.ddpm: its header is damaged") as caught:
         Coded.from_bytes(make(**{field: value}), "x.ddpm")
     assert "make it anew with mode=encode" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_was_checked_is_what_a_decoder_gets() -> None:
+    """JSON of others writes whole numbers as 8.0, which count as 8."""
+    settings = asdict(Settings(lanes=4)) | {"lanes": 4.0, "group": 20.0}
+    made = lossless(shape=[3.0, 8, 8, 1], settings=settings, borrowed=0.0)
+    header = Coded.from_bytes(made, "x").header
+    numbers = [
+        *header["shape"],
+        header["borrowed"],
+        *map(header["settings"].get, ("group", "lanes")),
+    ]
+    assert numbers == [3, 8, 8, 1, 0, 20, 4] and {type(number) for number in numbers} == {int}
 
 
 @pytest.mark.parametrize("value", [REMOVED, None, -1, "0"])

@@ -144,7 +144,6 @@ def test_a_stream_that_changes_is_refused():
         (np.arange(99), r"item 1 of the stream has labels int64 \[99\] for 100 images: must be"),
         (np.arange(100)[:, None], r"labels int64 \[100, 1\] for 100 images"),
         (np.arange(100) / 2, r"labels float64 \[100\] for 100 images: must be whole numbers"),
-        (np.arange(100) - 1, "item 1 of the stream has the label -1: classes are numbered from 0"),
     ],
 )
 def test_labels_of_a_stream_are_one_class_for_each_image(labels, message):

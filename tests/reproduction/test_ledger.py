@@ -168,6 +168,11 @@ def test_another_protocol_than_the_papers_fills_no_cell(flag, made):
     assert number_there not in paper_section(PAPER, ours, [record() | made]), flag
 
 
+def test_an_inception_score_compares_with_no_reference():
+    made = FID | {"metric": "is", "value": 9.5, "reference": None}
+    assert "9.500" in paper_section(PAPER, table("Table 1: CIFAR-10, uncond"), [record(**made)])
+
+
 def test_all_steps_are_those_of_the_record_s_own_chain():
     """The rows of Nichol & Dhariwal have 1000 timesteps or 4000."""
     of_4000 = {"timesteps": 4000, "num_timesteps": 4000, "steps": 4000}

@@ -204,6 +204,43 @@ def test_an_evaluation_that_fills_no_cell_says_why(machine, capsys):
     assert "nll: its cell stays empty: num_images is 100, not 179" in said.out + said.err
 
 
+def test_a_cell_that_stays_empty_keeps_what_it_had(machine):
+    """A call whose evaluations fit no cell takes nothing away."""
+    workdir, to_come, reproduce_on = machine
+    to_come += OWN
+    before = reproduce_on("1 x H100", "1a2b3c4")
+    (workdir / "evaluations.jsonl").write_text("")
+    to_come += [OWN[0] | {"num_images": 100}, OWN[1] | {"num_images": 100}]
+    assert reproduce_on("a", "b") == before
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch):
+    """Its run directory takes no second one, and raw weights fill no cell of the papers."""
+    options = ReproductionOptions(
+        scale="full", imported=Path("x.ckpt"), runs=tmp_path, results=tmp_path / "results.jsonl"
+    )
+    workdir, ran = tmp_path / "full" / "eps_simple_imported", []
+
+    def run(command: list[str], dry: bool) -> None:
+        ran.append(command[0])
+        if command[0] == "import_weights":
+            (workdir / "checkpoints" / "0").mkdir(parents=True)
+            (workdir / "config.json").write_text(save_json(load_config("configs/cifar10.py")))
+            record = {"source": "x.ckpt", "params": weights, "ema": weights}
+            (workdir / "weights.json").write_text(json.dumps(record))
+        elif command[0] == "evaluate":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "run", run)
+    for _ in range(2):
+        said = (LedgerError, "x.ckpt has raw weights alone") if weights == "raw" else None
+        error, message = said or (KeyboardInterrupt, None)
+        with pytest.raises(error, match=message):
+            rows.reproduce(PAPER, "eps_simple", options)
+    assert ran == ["import_weights"] + ["evaluate"] * 2 * (weights == "ema")
+
+
 def test_defaults_are_those_of_the_flags():
     parsed = reproduce.parser().parse_args([])
     assert flags.fill(ReproductionOptions, parsed) == ReproductionOptions()
@@ -213,11 +250,11 @@ def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys, monkeypat
     monkeypatch.setattr(subprocess, "run", None)
     arguments = ["--row=eps_simple", "--scale=full", f"--runs={tmp_path}", "--dry_run"]
     reproduce.main([*arguments, "--imported=x.ckpt"])
-    reproduce.main([*arguments, "--config.train.keep_every=5"])
+    reproduce.main([*arguments, "--config.seed=2", "--config.train.keep_every=5"])
     lines = capsys.readouterr().out.splitlines()
     assert "ddpm import-weights --layout=pesser --input=x.ckpt" in lines[0]
     (training,) = (line for line in lines if line.startswith("ddpm train "))
-    assert training.endswith("--data_dir=data --config.train.keep_every=5")
+    assert training.endswith("--data_dir=data --config.seed=2 --config.train.keep_every=5")
     assert not any(tmp_path.iterdir())
 
 

@@ -287,6 +287,9 @@ def test_labels_of_a_stream_that_the_network_lacks_are_named():
 
     with pytest.raises(ConfigError, match="num_classes=5: .* has labels up to 7"):
         check_labels(config, stream([0] * 8 + [7]))
+    with pytest.raises(ConfigError, match="has the label -1: classes are numbered from 0"):
+        check_labels(config, stream([0] * 8 + [-1]))
+    check_labels(tiny_config(), stream([-1] * 9))  # a network without classes looks at none
     source = stream([4] * 9, [0] * 8 + [6])
     check_labels(config, source)
     arrays = source.arrays()
