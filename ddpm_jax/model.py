@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -87,17 +86,14 @@ def train(
       UserError: a config, data set or run directory that does not serve.
       KeyboardInterrupt, SystemExit: on SIGINT and SIGTERM, once the state is saved.
     """
-    from ddpm_jax.training import loop
+    from ddpm_jax.training import loop, stopping
 
     workdir = Path(workdir).expanduser()
     data_dir = None if data_dir is None else Path(data_dir).expanduser()
     parent = None if from_ is None else find_origin(str(from_), Devices())
     own = {"network": network, "source": source, "held_out": held_out, "parent": parent}
     code = loop.train(validate(config), workdir, data_dir=data_dir, step=step, **own)
-    if code == 128 + signal.SIGINT:
-        raise KeyboardInterrupt(f"the training is saved in {workdir}, and goes on from there")
-    if code:
-        raise SystemExit(code)
+    stopping.raise_if_stopped(code, workdir)
     return load(workdir, network=network)
 
 

@@ -28,6 +28,7 @@ from ddpm_jax.runs.workdir import (
     check_free,
     check_owner,
     check_path,
+    checkpoint_folders,
     imported_weights,
     load_workdir_config,
 )
@@ -64,6 +65,11 @@ class Trained:
     step: int
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+
+    @property
+    def tag(self) -> str:
+        """Return what names of files call these weights, such as step800000_ema0.9999."""
+        return f"step{self.step}_{self.weights.replace(' ', '')}"
 
 
 def open_network(
@@ -298,8 +304,8 @@ def _unpack_alone(name: str, runs: Path) -> None:
 
 def _is_as_shipped(workdir: Path, file: Path) -> bool:
     """Return whether the weights of `file` are what opening the run directory gives."""
-    steps = {path.name for path in (workdir / "checkpoints").glob("[0-9]*")}
     try:
-        return steps == {"0"} and read_json(workdir / RECORD)["files"] == [fingerprint(file)]
+        as_imported = checkpoint_folders(workdir) == {"0"}
+        return as_imported and read_json(workdir / RECORD)["files"] == [fingerprint(file)]
     except (OSError, ValueError, KeyError, TypeError):
         return False

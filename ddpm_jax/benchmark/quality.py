@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Progress
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.loop import train
+from ddpm_jax.training.stopping import raise_if_stopped
 from ddpm_jax.weights.layout import read_params
 from ddpm_jax.weights.layouts.diffusers_config import layout_of, network_config, scheduler_config
 
@@ -124,10 +124,7 @@ def measure(config: Config, side: str, options: ComparisonOptions) -> dict[str, 
     devices, start = Devices(), time.monotonic()
     if side == "ddpm_jax":
         code = train(config, folder / side, data_dir=options.data_dir)
-        if code == 128 + signal.SIGINT:
-            raise KeyboardInterrupt(f"the training is saved in {folder / side}")
-        if code:  # half trained is not what is compared
-            raise SystemExit(code)
+        raise_if_stopped(code, folder / side)  # half trained is not what is compared
         params = open_trained(folder / side, devices).params
     else:
         source = load_source(config.data, options.data_dir, "train")

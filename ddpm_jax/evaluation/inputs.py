@@ -103,9 +103,7 @@ class Inputs:
     def _name(self, seed: int) -> str:
         """Return what people know a draw by; it does not tell all draws apart."""
         trained, sampler = self.trained, self.trained.config.sampling.sampler
-        weights = trained.weights.replace(" ", "")
-        steps = chain_steps(trained.config)
-        return f"step{trained.step}_{weights}_{sampler}{steps}_seed{seed}"
+        return f"{trained.tag}_{sampler}{chain_steps(trained.config)}_seed{seed}"
 
     @property
     def about_network(self) -> dict[str, Any]:

@@ -117,10 +117,9 @@ def file_name(nll: Nll, protocol: Protocol, trained: Trained, split: str) -> str
 
     An example is nll_test_step800000_ema0.9999_10000x1000_clip_tanh_seed0.
     """
-    weights = trained.weights.replace(" ", "")
     clip = "clip" if protocol.clip else "unclipped"
     return (
-        f"nll_{split}_step{trained.step}_{weights}_{nll.images}x{len(nll.strata)}_"
+        f"nll_{split}_{trained.tag}_{nll.images}x{len(nll.strata)}_"
         f"{clip}_{protocol.cdf}_seed{protocol.seed}"
     )
 

@@ -144,6 +144,7 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
         "name a file with averages",
     )
     store(provenance.unknown(workdir))  # nobody noted who measured what is there already
+    empty = []
     for metrics, match in grouped(evaluations):
         if _missing(recorded(workdir), metrics, match):
             run(evaluation_command(workdir, metrics, match, options.data_dir), dry=False)
@@ -151,9 +152,8 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
             measured = recorded(workdir)
             for metric in _missing(measured, metrics, match):
                 say(_why_not(measured, {"metric": metric, **match}))
-    there = recorded(workdir)
-    done = not any(_missing(there, metrics, match) for metrics, match in grouped(evaluations))
-    store(provenance.unknown(workdir), whole=done)  # a cell that stays empty keeps what it had
+                empty.append(metric)
+    store(provenance.unknown(workdir), whole=not empty)  # an empty cell keeps what it had
 
 
 def _check_overrides(config: str, options: ReproductionOptions) -> None:

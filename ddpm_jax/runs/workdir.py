@@ -86,12 +86,16 @@ def check_free(workdir: Path) -> bool:
         return False
     entries = {path.name for path in workdir.iterdir()} if workdir.is_dir() else {""}
     if entries == {"config.json", "checkpoints", RECORD}:
-        steps = {path.name for path in (workdir / "checkpoints").glob("[0-9]*")}
-        if steps <= {"0"}:
+        if checkpoint_folders(workdir) <= {"0"}:
             return True
     if entries:
         raise WorkdirError(f"workdir={workdir} is not empty: take another")
     return False
+
+
+def checkpoint_folders(workdir: Path) -> set[str]:
+    """Return the names of the checkpoints' folders, those of unfinished saves included."""
+    return {path.name for path in (workdir / "checkpoints").glob("[0-9]*")}
 
 
 def free_to_change(config: Config) -> tuple[str, ...]:

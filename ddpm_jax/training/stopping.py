@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import signal
 from collections import deque
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 
 from ddpm_jax.parallel.devices import Devices
+
+
+def raise_if_stopped(code: int, workdir: Path) -> None:
+    """Raise what a signal raises of itself where a training was stopped by one.
+
+    Args:
+      code: that the training returned, see `loop.train`.
+      workdir: its run directory.
+
+    Raises:
+      KeyboardInterrupt, SystemExit: on SIGINT, and on SIGTERM or SIGHUP.
+    """
+    if code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt(f"the training is saved in {workdir}, and goes on from there")
+    if code:
+        raise SystemExit(code)
 
 
 class StopRequest:
