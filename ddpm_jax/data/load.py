@@ -11,6 +11,7 @@ The set "digits" holds out every tenth example. A folder holds out every fiftiet
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,22 @@ def own_sources(
 
 def _digits(data: DataConfig, split: str) -> ArraySource:
     """Load the 1,797 8x8 digits that scikit-learn carries; their levels 0..16 become 0..255."""
-    from sklearn.datasets import load_digits  # half a second that only this set needs
-
-    digits = load_digits()
-    images = np.rint(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    levels, labels = _digits_of_scikit_learn()
+    images = np.rint(levels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     check_shape("data set 'digits'", *images.shape[1:], data)
     held_out = np.arange(len(images)) % 10 == 9
     chosen = held_out if split == "test" else ~held_out
-    return ArraySource(
-        decoding.pad(images[chosen], data.padding), digits.target[chosen].astype(np.int32)
-    )
+    return ArraySource(decoding.pad(images[chosen], data.padding), labels[chosen].astype(np.int32))
+
+
+def _digits_of_scikit_learn() -> tuple[np.ndarray, np.ndarray]:
+    """Return levels [N, 64] and labels [N] from its file: importing the package takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    folder = Path(package.origin).parent if package and package.origin else Path()
+    path = folder / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():
+        table = np.loadtxt(path, delimiter=",")
+        return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits  # of a version that keeps the file elsewhere
+
+    return load_digits(return_X_y=True)

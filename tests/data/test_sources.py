@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import io
 import os
 import struct
@@ -58,9 +59,12 @@ def test_digits_split_is_a_partition_with_levels_spread_over_uint8():
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(originals.target))
 
 
-def test_digits_are_the_same_every_time():
-    first, second = (load_source(DIGITS, "nowhere", "test") for _ in range(2))
+def test_digits_are_the_same_from_the_file_and_from_scikit_learn(monkeypatch):
+    first = load_source(DIGITS, "nowhere", "test")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    second = load_source(DIGITS, "nowhere", "test")
     np.testing.assert_array_equal(first.images, second.images)
+    np.testing.assert_array_equal(first.labels, second.labels)
 
 
 def test_padding_adds_a_black_border_and_counts_in_image_size():
