@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
-# What continuous integration runs: all suites, and the oracles again, compiled in full.
+# What continuous integration runs: all suites, the oracles compiled in full.
 test-all:
 	.ci/run
 

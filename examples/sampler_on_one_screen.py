@@ -2,8 +2,8 @@
 
     python examples/sampler_on_one_screen.py digits.png
 
-`ddpm.reverse_chain` is this loop with clipping options, other samplers, parts of a chain and
-frames; its samples are the same.
+`ddpm.reverse_chain` is this loop with clipping options, other samplers, parts of a chain, frames,
+and a key for each sample, which has the same noise in every batch.
 """
 
 import sys

@@ -15,7 +15,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Most programs of the tests run once: compiling them costs more than they do. What users run is
-# compiled in full, and so are the oracles when .ci/run runs them again. Children inherit it.
+# compiled in full, and so are the oracles when .ci/run runs them. Children inherit it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     # A kernel of these small programs takes longer to emit than to run: the old emitters, and one

@@ -221,6 +221,8 @@ def test_ci_is_a_program_that_bash_understands():
         assert re.search(rf"(?<!not )\b{marker}\b", selected), (
             f".ci/run leaves out the tests marked {marker}"
         )
+    left_out = re.findall(r"--ignore=([\w/]+)", text)
+    assert left_out and set(left_out) <= set(re.search(r"oracles=\((.*)\)", text)[1].split())
 
 
 # ---------------------------------------------------------------------------------------- the wheel

@@ -1,7 +1,7 @@
 """Damaged files and random configs: each ends well, or in one line.
 
 Seeded, and bounded by DDPM_FUZZ: so many configs go through one step of training and two of
-sampling (default 4), and so many hundreds of files and flags are tried. The counts are printed:
+sampling (default 2), and so many hundreds of files and flags are tried. The counts are printed:
 
     DDPM_FUZZ=500 pytest -m slow tests/cli/test_fuzz.py
 """
@@ -45,7 +45,7 @@ from tests.support.torch_files import write_torch
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = int(os.environ.get("DDPM_FUZZ", "4"))
+CONFIGS = int(os.environ.get("DDPM_FUZZ", "2"))
 FILES = 100 * CONFIGS
 SEED = int(os.environ.get("DDPM_FUZZ_SEED", "0"))
 

@@ -168,12 +168,12 @@ def gaussian_network(chain: GaussianChain, betas: np.ndarray, variance: str = "f
 
 
 def test_length_of_a_chain_of_gaussian_images_is_the_closed_form_of_the_bound() -> None:
-    """It is so within 1 % for 100 images of 8x8; the draws of the images scatter by 0.4 %."""
+    """It is so within 1 % for 60 images of 8x8; the draws of the images scatter by 0.5 %."""
     made = made_schedule(100)
     chain = GaussianChain(made.betas)
-    levels = np.random.default_rng(0).choice(256, (100, 8, 8, 1), p=PROBABILITIES).astype(np.uint8)
+    levels = np.random.default_rng(0).choice(256, (60, 8, 8, 1), p=PROBABILITIES).astype(np.uint8)
     coder, stack = ChainCoder(made, gaussian_network(chain, made.betas)), Stack(64)
-    for start in range(0, 100, 4):
+    for start in range(0, 60, 4):
         coder.encode(stack, levels[start : start + 4])
     expected = closed_form(chain, made.betas, "fixed_large", LEVELS[levels].ravel())
     bound = (expected["prior"] + expected["terms"].sum()) * levels.size
@@ -183,7 +183,7 @@ def test_length_of_a_chain_of_gaussian_images_is_the_closed_form_of_the_bound() 
     assert stack.initial_bits < 4 * 64 * 10 + 64 * 64
 
     received = Stack.of(stack.heads, stack.tail)
-    for start in reversed(range(0, 100, 4)):
+    for start in reversed(range(0, 60, 4)):
         np.testing.assert_array_equal(
             coder.decode(received, (4, 8, 8, 1)), levels[start : start + 4]
         )
@@ -383,7 +383,7 @@ def test_progressive_pictures_lie_near_the_curve_of_gaussian_data() -> None:
     """
     made = made_schedule(1000)
     chain = GaussianChain(made.betas)
-    levels = np.random.default_rng(0).choice(256, (120, 8, 8, 1), p=PROBABILITIES).astype(np.uint8)
+    levels = np.random.default_rng(0).choice(256, (60, 8, 8, 1), p=PROBABILITIES).astype(np.uint8)
     x0 = LEVELS[levels]
     coder = ProgressiveCoder(made, gaussian_network(chain, made.betas), step_rate=0.06)
     bits, stack = coder.encode(levels)

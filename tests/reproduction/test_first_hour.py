@@ -276,7 +276,8 @@ def _wait_for(log: Path, text: str) -> None:
 @pytest.mark.slow
 def test_the_hour_rehearsed_and_interrupted_at_every_stage(tmp_path):
     """Real commands and real signals: SIGTERM and SIGKILL in turn when a stage has begun."""
-    tiny = ["model.base_channels=8", "model.blocks_per_level=1", "train.steps=40"]
+    tiny = ["model.base_channels=8", "model.channel_mult=(1,)", "model.blocks_per_level=1"]
+    tiny += ["model.attention_resolutions=()", "diffusion.timesteps=100", "train.steps=40"]
     tiny += ["train.checkpoint_every=10", "train.log_every=10", "train.eval_images=20"]
     options = ["--scale=small", f"--runs={tmp_path}", "--batch_sizes=8", "--rounds=1"]
     options += ["--minutes=60", "--train_minutes=10", *(f"--config.{item}" for item in tiny)]
