@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -81,8 +80,14 @@ def join(
             initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=host_timeout,
         )
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, ValueError) and not explicit and not _scheduled():
+    except (ValueError, RuntimeError, OSError) as error:
+        if not isinstance(error, RuntimeError) and not explicit and not _scheduled():
+            if isinstance(error, OSError):
+                print(
+                    "note: nobody answers what pod these TPUs belong to, so this process is taken "
+                    "to be alone: --coordinator_address, --num_processes and --process_id join it",
+                    flush=True,
+                )
             return  # a machine with TPUs that is no part of a pod
         raise HostError(
             f"the hosts of this run cannot be joined: {str(error).splitlines()[0]}"
@@ -134,7 +139,8 @@ def _scheduled() -> bool:
 
 
 def _on_tpu() -> bool:
-    return any(Path("/dev").glob("accel[0-9]*")) and (jax.config.jax_platforms or "tpu") == "tpu"
+    """Return whether JAX will use TPUs: where it finds some it names them first, before a CPU."""
+    return (jax.config.jax_platforms or "").partition(",")[0] == "tpu"
 
 
 def _local_devices() -> list[int] | None:

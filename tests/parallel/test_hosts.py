@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.errors import DataError
+from ddpm_jax.errors import DataError, HostError
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
@@ -53,3 +53,46 @@ def test_a_refusal_inside_together_is_over_with_it():
     with pytest.raises(DataError, match="^no such set$"), hosts.together():
         raise DataError("no such set")
     hosts.barrier("after it")
+
+
+@pytest.mark.parametrize(
+    "platforms, asked", [("tpu,cpu", 1), ("tpu", 1), ("cpu", 0), ("cuda,cpu", 0)]
+)
+def test_a_pod_is_asked_for_where_jax_uses_tpus(monkeypatch, platforms, asked):
+    """JAX names "tpu,cpu" itself, on a machine with TPUs where the user named nothing."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *triple, **rest: calls.append(triple))
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        hosts.join()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert calls == [(None, None, None)] * asked
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ValueError("coordinator_address should be defined."), ""),
+        (
+            ConnectionError("metadata.google.internal"),
+            "is taken to be alone: --coordinator_address",
+        ),
+        (RuntimeError("the coordinator has gone"), None),
+    ],
+)
+def test_tpus_of_no_pod_are_alone_and_a_pod_that_does_not_come_is_an_error(
+    monkeypatch, capsys, error, said
+):
+    def fail(*triple, **rest):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+    if said is None:
+        with pytest.raises(HostError, match="cannot be joined: the coordinator has gone"):
+            hosts.join()
+    else:
+        hosts.join()
+        assert said in capsys.readouterr().out
