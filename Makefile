@@ -1,6 +1,7 @@
 # make demo | test [ARGS=tests/diffusion] | test-all | mutate [ARGS=training] | lint | clean
 # make notebooks [NOTEBOOKS=pods] | docs | gpu [ARGS=--data_dir=DIR]
-# All of them work on a fresh machine with Python 3.11 or newer and nothing else.
+# All of them work on a fresh machine with Python 3.11 or newer and nothing else; gpu wants CIFAR-10 in
+# data/ as well (ddpm prepare-data --dataset=cifar10 --data_dir=data).
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,6 +1,7 @@
 """CelebA-HQ at 256x256, unconditional, as in Ho et al. 2020: Figure 1.
 
-Command:   python scripts/prepare_data.py --dataset=celeb_a_hq/256 --data_dir=data
+Command:   python scripts/prepare_data.py --dataset=celeb_a_hq/256 --source=FOLDER --data_dir=data
+           (with data256x256.tar in it, and the extra tensorflow; or its images as --dataset=folder)
            python scripts/train.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
            2.2 steps/s on a TPU v3-8

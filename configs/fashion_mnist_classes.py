@@ -5,7 +5,8 @@ Command:   python scripts/prepare_data.py --dataset=fashion_mnist --data_dir=dat
            python scripts/sample.py --workdir=runs/clothes --mode=classes --output=clothes.png
 Hardware:  two CPU cores, some hours; minutes on a GPU
 Expect:    each row of the picture is one kind of clothing
-Source:    configs/fashion_mnist.py with labels, of which one in ten is hidden in training
+Source:    configs/fashion_mnist.py with labels, of which one in ten is hidden in training, and
+           trained for longer at a constant rate
 """
 
 from ddpm_jax.config import (

@@ -1,6 +1,7 @@
 """LSUN Church at 256x256, unconditional, as in Ho et al. 2020: Table 3.
 
 Command:   python scripts/prepare_data.py --dataset=lsun/church_outdoor --data_dir=data
+           (with the extra tensorflow and tensorflow-io; or its images as --dataset=folder)
            python scripts/train.py --config=configs/lsun_church.py --workdir=runs/lsun_church
 Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
            2.2 steps/s on a TPU v3-8

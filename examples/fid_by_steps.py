@@ -2,8 +2,8 @@
 
     python examples/fid_by_steps.py runs/faces --output=fid.png --students runs/faces_4
 
-Every number is a line of evaluations.jsonl in its run; what was measured of the newest step is not
-measured again. Students (`ddpm distill`) are drawn in their own steps.
+Every number is a line of evaluations.jsonl in its run; what was measured of the newest step in the
+same way is not measured again. Students (`ddpm distill`) are drawn in their own steps.
 """
 
 import argparse
@@ -36,9 +36,12 @@ def fid(run, options, **sampling):
     """Return the FID of `run` with these fields of the sampler, measured or looked up."""
     wanted = {"step": Checkpoints.reading(run).steps()[-1]}
     wanted |= {"metric": full_name("FID", options["features"]), "num_images": options["num_images"]}
+    count = options["reference_images"]
     for record in read_evaluations(run):
         drawn = record.get("samples", {}).get("sampling", {})
-        if sampling.items() <= drawn.items() and wanted.items() <= record.items():
+        real = record.get("reference", {})
+        same = real.get("provenance", {}).get("count") == count if count else real.get("whole")
+        if same and sampling.items() <= drawn.items() and wanted.items() <= record.items():
             return record["value"]
     measure = EvaluationOptions(metrics=("fid",), workdir=run, **options, **sampling)
     return evaluate(measure)[0]["value"]

@@ -158,7 +158,7 @@ print("stopped half-way and started again: every loss is the same number")
 # %% [markdown]
 # ## A pod
 #
-# On a TPU pod, under SLURM and under Open MPI the three flags are found, and the command is that
+# On a TPU pod, under SLURM and under Open MPI 4 the three flags are found, and the command is that
 # of one machine. Start it on all hosts at once, each with the same code:
 #
 # ```

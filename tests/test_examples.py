@@ -110,6 +110,10 @@ def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     assert load_png(tmp_path / "fid.png").ndim == 3
     assert rows_of_the_table() == printed
     assert [len(read_evaluations(run)) for run in runs] == [4, 1]  # nothing was measured again
+    flags[flags.index("--reference_images=4")] = "--reference_images=5"
+    flags[flags.index("--steps=3,5")] = "--steps=3"
+    assert rows_of_the_table() != printed
+    assert [len(read_evaluations(run)) for run in runs] == [6, 2]
 
 
 @pytest.mark.slow

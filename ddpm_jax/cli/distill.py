@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         help="the run directory of the teacher, or a network that ships, such as digits",
     )
     flags.add_workdir(parser)
-    flags.add_data_dir(parser)
+    flags.add_data_dir(parser, of_run=True)
     parser.add_argument(
         "--steps",
         type=flags.numbers,

@@ -210,7 +210,7 @@ def fill(kind: type[T], options: argparse.Namespace, **others: Any) -> T:
 def add_hosts(flags: argparse.ArgumentParser) -> None:
     """Add the flags that make several processes one run."""
     group = flags.add_argument_group(
-        "several hosts (none of these under SLURM, Open MPI and on TPU pods)"
+        "several hosts (none of these under SLURM, Open MPI 4 and on TPU pods)"
     )
     add = group.add_argument
     add("--coordinator_address", metavar="HOST:PORT", help="of process 0, the same for all")

@@ -142,7 +142,11 @@ def parser() -> argparse.ArgumentParser:
     real.add_argument("--indices", type=numbers, metavar="I,I..", help="of the run's data set")
     real.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
     real.add_argument(
-        "--images", type=Path, nargs="+", metavar="FILE", help="image files of any size"
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="image files of the run's size or larger",
     )
     mode = made.add_argument_group("of single modes")
     mode.add_argument(

@@ -16,7 +16,8 @@ from ddpm_jax.diffusion.process import Denoiser, q_sample
 from ddpm_jax.distillation.target import SPACING, Halving, student_loss, two_step_target
 from ddpm_jax.errors import WorkdirError, check
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.runs.workdir import load_workdir_config
+from ddpm_jax.runs.data_origin import data_dir_of
+from ddpm_jax.runs.workdir import CONFIG, load_workdir_config
 from ddpm_jax.sampling.sampler import chain_steps
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.form import TreeForm
@@ -29,7 +30,7 @@ def distill(
     teacher: Origin,
     workdir: Path,
     *,
-    data_dir: Path,
+    data_dir: Path | None = None,
     steps: list[int] | None = None,
     overrides: list[str] | None = None,
     devices: Devices | None = None,
@@ -40,6 +41,7 @@ def distill(
     goes on where one was interrupted.
 
     Args:
+      data_dir: the prepared data sets; by default where the teacher's data was, or "data".
       steps: of the students in turn, each half of the one before; by default half of the teacher's.
       overrides: "section.field=value" of the students' configs, which are the teacher's otherwise.
 
@@ -58,10 +60,11 @@ def distill(
         here = workdir if last else stage(workdir, count)
         config = student_config(teacher.run, count, overrides or [])
         origin = Origin(teacher.run, teacher.step, averaged=True)
+        known = here if (here / CONFIG).is_file() else teacher.run
         code = train(
             config,
             here,
-            data_dir=data_dir,
+            data_dir=data_dir_of(known, data_dir),
             parent=origin,
             devices=devices,
             build_step=functools.partial(build_student_step, workdir=here, origin=origin),

@@ -163,7 +163,7 @@ def train(
         writer.truncate_after(start)
         if start >= config.train.steps:
             if devices.is_main:
-                print(finished(workdir, start, config.train.steps), flush=True)
+                print(finished(workdir, start, config), flush=True)
             return 0
         if devices.is_main:
             describe(config, state.params, workdir, devices, start)
@@ -261,14 +261,14 @@ def restore_or_init(
     return state
 
 
-def finished(workdir: Path, step: int, steps: int) -> str:
+def finished(workdir: Path, step: int, config: Config) -> str:
     """Return one line for a run that has nothing left to do."""
-    line = f"{workdir}: finished at step {step} of {steps}"
-    return (
-        f"{line}, which asks for fewer than are done"
-        if step > steps
-        else (f"{line}; a larger train.steps goes on")
-    )
+    line = f"{workdir}: finished at step {step} of {config.train.steps}"
+    if step > config.train.steps:
+        return f"{line}, which asks for fewer than are done"
+    if config.optimizer.schedule == "constant":
+        return f"{line}; a larger train.steps goes on"
+    return f"{line}, where its learning rate ends; a run --from={workdir} goes on"
 
 
 def describe(config: Config, params: Params, workdir: Path, devices: Devices, start: int) -> None:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from ddpm_jax.config import Config
+from ddpm_jax.distillation import stages
 from ddpm_jax.distillation.stages import check_steps, distill, stage, student_config
 from ddpm_jax.errors import ConfigError, UserError, WorkdirError
 from ddpm_jax.parallel.devices import Devices
@@ -65,6 +66,26 @@ def test_an_interrupted_student_goes_on_to_the_bit(teacher, student, tmp_path):
     first = stage(student, 4)
     config = load_workdir_config(first)
     assert_bit_equal(final_state(config, tmp_path / "run"), final_state(config, first))
+
+
+def test_the_data_is_where_the_teacher_had_it(teacher, tmp_path, monkeypatch):
+    """And where the student had it, once there is one."""
+    _, run = teacher
+    asked = []
+
+    def seen(config, workdir, *, data_dir, **rest):
+        asked.append(data_dir)
+        return 143
+
+    monkeypatch.setattr(stages, "train", seen)
+    for folder in (None, tmp_path):
+        assert distill(Origin(run), tmp_path / "new", data_dir=folder, steps=[4]) == 143
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "config.json").write_bytes((run / "config.json").read_bytes())
+    (student / "data.json").write_text(json.dumps({"data_dir": str(tmp_path)}))
+    assert distill(Origin(run), student, steps=[4]) == 143
+    assert asked == [run, tmp_path, tmp_path]
 
 
 def test_what_cannot_be_distilled_is_refused(teacher, student, tmp_path):

@@ -6,7 +6,7 @@ There is one set of records and files, and what one process refuses ends both.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,9 +24,9 @@ from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
 from ddpm_jax.training.state import init_state
-from tests.support.hosts import end, run_both, start
+from tests.support.commands import command_module
+from tests.support.hosts import Pair, shared_pair
 from tests.support.inception import pictures, save_layers
-from tests.support.processes import finish, script
 from tests.support.tiny import tiny_config
 
 pytestmark = pytest.mark.multiprocess
@@ -39,7 +39,12 @@ def make_run(workdir: Path) -> None:
         checkpoints.save(3, init_state(config).replace(step=jnp.int32(3)))
 
 
-def test_two_hosts_score_a_run_as_one_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    yield from shared_pair()
+
+
+def test_two_hosts_score_a_run_as_one_does(pair: Pair, tmp_path: Path) -> None:
     make_run(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     save_layers(tmp_path / "three.npz")
@@ -59,12 +64,9 @@ def test_two_hosts_score_a_run_as_one_does(tmp_path: Path) -> None:
         ]
         return [*places, *rest, f"--inception={tmp_path / 'three.npz'}"]
 
-    code, _, said = finish(
-        script("evaluate.py", *flags("one"), environment={"JAX_NUM_CPU_DEVICES": "8"})
-    )
-    assert code == 0, said
+    command_module("evaluate").main(flags("one"))  # here, on eight devices
     printed = [
-        run_both("evaluate.py", *flags("two")) for _ in range(2)
+        pair.run_both("evaluate.py", *flags("two")) for _ in range(2)
     ]  # drawn and computed, then looked up
     assert "FID-64" in printed[0][0] and "FID-64" not in printed[0][1]
     one, two = (read_evaluations(tmp_path / name) for name in ("one", "two"))
@@ -142,13 +144,12 @@ def with_a_full_disk(folder: Path) -> tuple[list[str], str]:
     [of_another_size, without_features, of_other_features, with_a_torn_cache, with_a_full_disk],
 )
 def test_what_one_host_refuses_all_refuse(
-    case: Callable[[Path], tuple[list[str], str]], tmp_path: Path
+    case: Callable[[Path], tuple[list[str], str]], pair: Pair, tmp_path: Path
 ) -> None:
-    """End both processes: neither waits for the other for ever, and both say why."""
+    """End it on both: neither waits for the other for ever, and both say why."""
     save_layers(tmp_path / "three.npz")
     flags, message = case(tmp_path)
     common = [f"--inception={tmp_path / 'three.npz'}", "--features=64", "--batch_size=24"]
-    for code, _, errors in end(
-        start("evaluate.py", *flags, *common, f"--cache={tmp_path / 'cache'}")
-    ):
+    flags += [*common, f"--cache={tmp_path / 'cache'}"]
+    for code, _, errors in pair.run("evaluate.py", *flags):
         assert code == 1 and message in errors, errors[-2000:]

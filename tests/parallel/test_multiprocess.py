@@ -2,6 +2,8 @@
 
 Real processes on this machine, joined by jax.distributed, with gloo between them. The faults are
 real as well: signals, a process that is killed, one that stops answering, one that never comes.
+What ends well, or is refused, runs in two processes that stay (`pair`): they import, trace and
+compile once. The ends of processes are those of two that start for the test (`start`).
 """
 
 from __future__ import annotations
@@ -14,23 +16,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from ddpm_jax.cli.run import outcome
 from ddpm_jax.config import Config
 from ddpm_jax.data.load import load_source
 from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
-from ddpm_jax.images import save_png, to_uint8
+from ddpm_jax.images import load_png, save_png, to_uint8
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.loop import train
-from tests.support.hosts import HOST_TIMEOUT, end, free_port, run_both, start
+from tests.support.commands import command_module
+from tests.support.hosts import HOST_TIMEOUT, Pair, end, free_port, shared_pair, start
 from tests.support.processes import (
     final_state,
     finish,
@@ -64,6 +69,11 @@ def train_here(config: Config, workdir: Path) -> None:
     assert train(config, workdir, data_dir=workdir, devices=Devices(jax.devices()[:8])) == 0
 
 
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    yield from shared_pair()
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """Six steps in one process of eight devices."""
@@ -73,13 +83,22 @@ def one(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[Path, list[str]]:
+def two(tmp_path_factory, pair) -> tuple[Path, list[str]]:
     """Six steps in two processes of four, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    out = run_both(
+    out = pair.run_both(
         "train.py", f"--config={write_config(folder, CONFIG)}", f"--workdir={folder / 'run'}"
     )
     return folder / "run", out
+
+
+@pytest.fixture(scope="module")
+def drawn(one) -> np.ndarray:
+    """Eleven samples, drawn in one process of eight devices."""
+    devices = Devices(jax.devices()[:8])
+    trained = open_trained(one, devices)
+    generator = build_generator(trained.config, devices, batch_size=8)
+    return to_uint8(generator.draw(trained.params, seed=3, indices=np.arange(11)))
 
 
 def assert_same_curves(one: Path, other: Path) -> None:
@@ -127,7 +146,7 @@ def test_two_hosts_train_as_one_does(one, two):
 
 
 @pytest.mark.parametrize("hosts", [(1, 2), (2, 1), (2, 2)])
-def test_a_run_moves_between_one_host_and_two(one, tmp_path, hosts):
+def test_a_run_moves_between_one_host_and_two(one, pair, tmp_path, hosts):
     """Stopped after four steps on the one and gone on with on the other.
 
     The same data and noise, the same curve.
@@ -137,7 +156,7 @@ def test_a_run_moves_between_one_host_and_two(one, tmp_path, hosts):
         if processes == 1:
             train_here(tiny_config(train={"sample_every": 6, "steps": steps}), workdir)
         else:
-            run_both(
+            pair.run_both(
                 "train.py",
                 f"--config={config}",
                 f"--workdir={workdir}",
@@ -155,33 +174,24 @@ def test_a_run_moves_between_one_host_and_two(one, tmp_path, hosts):
     assert_same_state(one, workdir)
 
 
-def test_two_hosts_sample_as_one_does(one, tmp_path):
+def test_two_hosts_sample_as_one_does(one, drawn, pair, tmp_path):
     """Every sample once, in its place.
 
     The eleventh of a batch of eight falls on the second host.
     """
     flags = [f"--workdir={one}", "--num_images=11", "--batch_size=8", "--seed=3"]
-    out = run_both("sample.py", *flags, f"--output={tmp_path / 'two.npz'}")
+    out = pair.run_both("sample.py", *flags, f"--output={tmp_path / 'two.npz'}")
     assert "11 drawn, 0 were there" in out[0] and ours(out[1]) == []
-    run_both("sample.py", *flags, f"--output={tmp_path / 'folder'}")
-    devices = Devices(jax.devices()[:8])
-    trained = open_trained(one, devices)
-    drawn = to_uint8(
-        build_generator(trained.config, devices, batch_size=8).draw(
-            trained.params, seed=3, indices=np.arange(11)
-        )
-    )
     np.testing.assert_array_equal(np.load(tmp_path / "two.npz")["arr_0"], drawn)
-    assert len(list((tmp_path / "folder").glob("*.png"))) == 11
 
 
-def test_two_hosts_evaluate_as_one_does(one, tmp_path):
+def test_two_hosts_evaluate_as_one_does(one, pair, tmp_path):
     """21 images on eight devices.
 
     The last batch is part filling, which must not count on any host.
     """
     workdir = shutil.copytree(one, tmp_path / "run")
-    out = run_both(
+    out = pair.run_both(
         "evaluate.py", f"--workdir={workdir}", "--metrics=nll", "--num_images=21", "--batch_size=16"
     )
     assert "21 images" in out[0] and ours(out[1]) == []
@@ -206,12 +216,14 @@ def endless(tmp_path: Path, **fields) -> tuple[Path, list[str]]:
 
 
 @pytest.mark.parametrize("host, number, code", [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
-def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, host, number, code):
+def test_a_signal_to_one_host_stops_all_at_the_same_step(pair, tmp_path, host, number, code):
+    """Processes of its own say once that a stopped training is also their end."""
     workdir, flags = endless(tmp_path)
-    processes = start("train.py", *flags)
+    own = number == signal.SIGTERM
+    processes = start("train.py", *flags) if own else pair.begin("train.py", *flags)
     wait_for_step(workdir, 5, processes[0])
     processes[host].send_signal(number)
-    assert [ended[0] for ended in end(processes)] == [code, code]
+    assert [ended[0] for ended in (end(processes) if own else pair.end())] == [code, code]
     with Checkpoints.reading(workdir) as checkpoints:
         assert checkpoints.steps() == [metrics_seen(workdir / "metrics.jsonl")]
 
@@ -402,23 +414,28 @@ def test_ctrl_c_in_sampling_and_evaluation_leaves_no_host_waiting(
         (([], ["--workdir=WORKDIR"]), "the command line of host 1 is not that of host 0"),
     ],
 )
-def test_hosts_that_differ_are_all_refused(tmp_path, own, said):
+def test_hosts_that_differ_are_all_refused(pair, tmp_path, own, said):
     workdir, flags = endless(tmp_path)
     own = tuple([flag.replace("WORKDIR", str(tmp_path / "other")) for flag in part] for part in own)
-    for code, _, errors in end(start("train.py", *flags, own=own)):
+    for code, _, errors in pair.run("train.py", *flags, own=own):
         assert code == 1 and said in errors.splitlines()[-1]
     assert not workdir.exists()
 
 
-def start_apart(tmp_path: Path, *flags: str) -> list[subprocess.Popen]:
-    """Two processes in two folders, so that a relative path is another one for each.
+def apart(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders, one for each process to run in, so that a relative path is another one for each.
 
     They stand for machines that share no disk.
     """
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def start_apart(tmp_path: Path, *flags: str) -> list[subprocess.Popen]:
     common = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     processes = []
-    for host, folder in enumerate((tmp_path / "first", tmp_path / "second")):
-        folder.mkdir(exist_ok=True)
+    for host, folder in enumerate(apart(tmp_path)):
         at = ["bash", "-c", f'cd {folder} && exec "$@"', "bash"]
         environment = {"JAX_NUM_CPU_DEVICES": "4"}
         processes.append(
@@ -455,10 +472,10 @@ def test_what_one_host_refuses_all_refuse(tmp_path):
     assert not workdir.exists()
 
 
-def test_hosts_that_share_no_disk_are_refused(tmp_path):
+def test_hosts_that_share_no_disk_are_refused(pair, tmp_path):
     config = write_config(tmp_path, tiny_config())
-    first, second = end(start_apart(tmp_path, f"--config={config}", "--workdir=run"))
-    for code, _, said in (first, second):
+    flags = [f"--config={config}", "--workdir=run"]
+    for code, _, said in pair.run("train.py", *flags, at=apart(tmp_path)):
         assert (
             code == 1
             and "--workdir=run is not on a disk that all hosts share" in said.splitlines()[-1]
@@ -466,30 +483,41 @@ def test_hosts_that_share_no_disk_are_refused(tmp_path):
     assert not (tmp_path / "second" / "run").exists()
 
 
-def test_a_host_that_never_comes_is_reported_in_time(tmp_path):
+def test_a_host_that_never_comes_is_reported_in_time(tmp_path, capsys):
+    """The first host has joined when it gives up; the second is refused before, and so in here."""
     _, flags = endless(tmp_path)
+    flags += ["--start_timeout=3"]
     begun = time.monotonic()
-    (second,) = start("train.py", *flags, "--start_timeout=3", hosts=(1,))
-    code, _, said = finish(second)
+    (first,) = start("train.py", *flags, hosts=(0,))
+    address = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    second = [*flags, *address, "--process_id=1"]
+    code = outcome(lambda: command_module("train").main(second))
+    said = capsys.readouterr().err
     assert code == 1 and "no answer within 3 s" in said.splitlines()[-1]
-    (first,) = start("train.py", *flags, "--start_timeout=3", hosts=(0,))
     code, _, said = finish(first)
     assert code == -signal.SIGABRT and "DEADLINE_EXCEEDED" in said
     assert time.monotonic() - begun < 90
 
 
-def test_slurm_needs_no_flags(one, tmp_path):
-    """The variables that srun sets for two tasks, on one machine; JAX reads them itself."""
+def test_slurm_needs_no_flags(one, drawn, tmp_path):
+    """The variables that srun sets for two tasks, on one machine; JAX reads them itself.
+
+    They draw into a folder what others draw into a file.
+    """
     job = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2",
     }
     job |= {"SLURM_STEP_TASKS_PER_NODE": "2", "JAX_NUM_CPU_DEVICES": "4"}
-    flags = [f"--workdir={one}", f"--output={tmp_path / 'grid.npz'}", "--num_images=3"]
+    folder = tmp_path / "folder"
+    flags = [f"--workdir={one}", "--num_images=11", "--batch_size=8", "--seed=3"]
     ranks = [job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-    ended = end([script("sample.py", *flags, environment=rank) for rank in ranks])
+    ended = end(
+        [script("sample.py", *flags, f"--output={folder}", environment=rank) for rank in ranks]
+    )
     assert [code for code, _, _ in ended] == [0, 0], [said[-2000:] for _, _, said in ended]
-    assert "3 samples of" in ended[0][1] and ours(ended[1][1]) == []
-    protocol = json.loads((tmp_path / "grid.npz.parts" / "protocol.json").read_text())
-    assert protocol["step"] == 6
+    assert "11 samples of" in ended[0][1] and ours(ended[1][1]) == []
+    pictures = sorted(folder.glob("*.png"))
+    np.testing.assert_array_equal(np.stack([load_png(path) for path in pictures]), drawn)
+    assert json.loads((folder / "protocol.json").read_text())["step"] == 6

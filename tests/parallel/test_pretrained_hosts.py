@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from ddpm_jax.images import load_png
-from tests.support.hosts import end, start
-from tests.support.processes import ROOT, finish, script
+from tests.support.commands import command_module
+from tests.support.hosts import Pair, shared_pair
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    yield from shared_pair()
 
 
 @pytest.mark.multiprocess
-def test_two_hosts_unpack_a_network_once_and_sample_what_one_does(tmp_path):
+def test_two_hosts_unpack_a_network_once_and_sample_what_one_does(pair, tmp_path, monkeypatch):
+    """In a folder of its own, whose runs/ is not there yet."""
     flags = ["--pretrained=digits", "--num_images=8", "--sampler=ddim", "--steps=2"]
     own = ([f"--output={tmp_path / 'two.png'}"],) * 2
-    runs = ROOT / "runs" / "pretrained"
-    aside = None
-    if (runs / "digits").exists():  # of whoever uses this checkout
-        aside = tmp_path / "digits"
-        (runs / "digits").rename(aside)
-    try:
-        ended = end(start("sample.py", *flags, own=own))
-        assert [code for code, _, _ in ended] == [0, 0], [said[-2000:] for _, _, said in ended]
-        assert not list(runs.glob("digits.part-*"))
-        code, _, errors = finish(script("sample.py", *flags, f"--output={tmp_path / 'one.png'}"))
-        assert code == 0, errors
-    finally:
-        if aside is not None:
-            shutil.rmtree(runs / "digits", ignore_errors=True)
-            aside.rename(runs / "digits")
+    pair.run_both("sample.py", *flags, own=own, at=(tmp_path, tmp_path))
+    runs = tmp_path / "runs" / "pretrained"
+    assert (runs / "digits").is_dir() and not list(runs.glob("digits.part-*"))
+    monkeypatch.chdir(tmp_path)
+    command_module("sample").main([*flags, f"--output={tmp_path / 'one.png'}"])  # here
     two, one = load_png(tmp_path / "two.png").astype(int), load_png(tmp_path / "one.png")
     assert np.abs(two - one).max() <= 1

@@ -31,7 +31,7 @@ from ddpm_jax.runs.workdir import sole_trainer
 from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.images import check_labels
-from ddpm_jax.training.loop import train
+from ddpm_jax.training.loop import finished, train
 from ddpm_jax.training.monitor import Diverged
 from ddpm_jax.training.state import average_note, initial_share
 from ddpm_jax.training.step import ema_decay
@@ -136,6 +136,8 @@ def test_a_finished_run_is_left_alone(run, tmp_path, capsys):
     assert capsys.readouterr().out == fewer
     assert_bit_equal(final_state(config, workdir), before)
     assert [row["step"] for row in metrics(workdir) if "loss" in row] == [2, 4, 6]
+    cooled = tiny_config(optimizer={"schedule": "cosine"})
+    assert finished(workdir, 6, cooled).endswith(f"a run --from={workdir} goes on")
 
 
 @pytest.mark.parametrize(
