@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import lzma
 import math
 import os
 import stat
@@ -15,6 +14,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it: then nothing can raise it
+    LZMAError = zlib.error
 
 if TYPE_CHECKING:  # listing a command's flags need not wait for NumPy
     import numpy as np
@@ -31,7 +35,7 @@ NPZ_DAMAGE = (
     OSError,
     RuntimeError,  # a password, or a compression that Python does not know
     ValueError,
-    lzma.LZMAError,
+    LZMAError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -81,6 +85,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
       OSError: see `naming`.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # the link stays, and leads there
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:
@@ -116,6 +121,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
       OSError: it cannot; IsADirectoryError for a folder in the place of the file.
     """
     places = path.absolute().parents
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
     if path.is_dir():
         if not folder:
             raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddpm_jax.files import NpzError, check_writable, open_file, open_npz, parse_json, read_json
+from ddpm_jax.files import (
+    NpzError,
+    check_writable,
+    open_file,
+    open_npz,
+    parse_json,
+    read_json,
+    replacing,
+)
 from tests.support.layers import ROOT
 
 
@@ -160,6 +170,23 @@ def test_a_folder_is_no_place_for_a_file(tmp_path):
         with pytest.raises(NotADirectoryError):
             check_writable(tmp_path / "file" / "more", folder=folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_is_no_place_for_a_file_and_a_link_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a pipe or a device, not a file"):
+        check_writable(tmp_path / "pipe")
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    with replacing(tmp_path / "link") as file:
+        file.write(b"after")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "after"
+
+
+def test_a_python_without_lzma_is_enough():
+    code = "import sys; sys.modules['_lzma'] = None; import ddpm_jax.files"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_all_json_is_read_by_one_function():

@@ -100,7 +100,7 @@ class Diffusers:
 
 def _serve(pipe: Connection, task: tuple[Any, ...]) -> None:
     """Do what is asked over `pipe`, and answer (result, None) or (None, the error in one line)."""
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # nobody asks any more
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):  # nobody asks any more
         try:
             work = _prepare(*task)
         except ImportError as error:

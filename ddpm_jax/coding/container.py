@@ -24,6 +24,7 @@ from ddpm_jax.files import parse_json, replacing
 
 FORMAT = "ddpm_jax images 1"
 METHODS = ("lossless", "progressive")
+MOST_IMAGES = 2**22  # of a file
 MOST_AT_ONCE = 2**16  # images of a group, or lanes: a damaged file may claim any number
 
 
@@ -159,7 +160,7 @@ def _check_header(header: dict[str, Any], sizes: list[int]) -> None:
       CodingError: a value that no encoder writes.
     """
     shape = typed(header.get("shape"), tuple[int, ...], "shape")
-    if len(shape) != 4 or min(shape) < 1 or math.prod(shape) >= 2**48:
+    if len(shape) != 4 or min(shape) < 1 or shape[0] > MOST_IMAGES or math.prod(shape) >= 2**48:
         raise CodingError(f"shape={short(shape)}: images, height, width, channels")
     settings = Settings.of(header.get("settings"))
     # What was checked is what a decoder gets: 8.0 has passed as 8.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.coding.container import Coded, Settings
+from ddpm_jax.coding.container import MOST_AT_ONCE, Coded, Settings
 from ddpm_jax.coding.files import compress, decompress, forward_passes, receive
 from ddpm_jax.coding.progressive import Received
 from ddpm_jax.data.load import load_source
@@ -77,7 +77,8 @@ class CodingOptions:
 
     def settings(self, count: int) -> Settings:
         """Return the settings for `count` images."""
-        group = self.group or {"lossless": min(20, count), "progressive": count}[self.method]
+        most = {"lossless": 20, "progressive": MOST_AT_ONCE}[self.method]
+        group = self.group or max(1, min(most, count))
         return Settings(
             method=self.method,
             group=group,

@@ -227,7 +227,7 @@ def accept(value: Any, field: str, name: str) -> Any:
 def typed(value: Any, annotation: Any, name: str) -> Any:
     """Return `value` in the annotated type.
 
-    Ints pass for floats and lists for tuples; nothing else is converted.
+    Ints pass for floats, whole floats for ints and lists for tuples; nothing else is converted.
 
     Args:
       name: what messages call the value.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import lzma
 import re
 import tarfile
 import tempfile
@@ -20,7 +19,7 @@ from typing import BinaryIO
 
 from ddpm_jax.data.decoding import SUFFIXES
 from ddpm_jax.errors import DataError
-from ddpm_jax.files import FREE_UNFOLDING, MOST_UNFOLDING, open_file
+from ddpm_jax.files import FREE_UNFOLDING, MOST_UNFOLDING, LZMAError, open_file
 from ddpm_jax.progress import Progress, say
 
 _BLOCK = 2**20
@@ -29,7 +28,7 @@ DAMAGE = (
     NotImplementedError,  # a compression that Python does not know
     RuntimeError,  # a password
     ValueError,
-    lzma.LZMAError,
+    LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,

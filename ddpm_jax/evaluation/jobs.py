@@ -144,7 +144,8 @@ class _Job:
         check(split in SPLITS, f"reference={split}: pixels are compared with train or test")
         samples = self.inputs.samples[0]
         real = self.inputs.split(split, self.inputs.options.reference_images)
-        self.record(lambda: [pixels.report(samples, real, split, self.inputs.about_samples)])
+        whole, about = real.count == len(self.inputs.source(split)), self.inputs.about_samples
+        self.record(lambda: [pixels.report(samples, real, split, about, whole=whole)])
 
     def audit(self, *, in_features: bool) -> None:
         """Search in pixels, and in the deepest features there are up to those asked for."""

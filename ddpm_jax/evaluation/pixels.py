@@ -45,12 +45,13 @@ def _moments(images: ImageSet) -> Moments:
 
 
 def report(
-    samples: ImageSet, real: ImageSet, split: str, protocol: dict[str, Any]
+    samples: ImageSet, real: ImageSet, split: str, protocol: dict[str, Any], *, whole: bool
 ) -> dict[str, Any]:
     """Print the distance of `samples` to a split of real images, and return the record.
 
     Args:
       protocol: what any record says first.
+      whole: whether `real` are all images of the split.
     """
     distance = pixel_distance(samples, real)
     print(
@@ -59,5 +60,5 @@ def report(
     )
     print(f"{'pixels':16}{distance:12.5f}  (Frechet, [-1, 1]; not a FID)")
     record = {"metric": "pixels", "value": distance} | protocol | {"num_images": samples.count}
-    reference = {"split": split, "count": real.count}
+    reference = {"split": split, "count": real.count, "whole": whole}
     return record | {"samples": samples.description, "reference": reference}

@@ -15,6 +15,7 @@ makes a training save. The run directory is the one that `reproduce` goes on fro
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,7 +99,9 @@ def summary(hour: Hour, following: str | None) -> list[str]:
         return [*lines, f"next: {following}; the same command goes on"]
     row, scale = hour.options.row, hour.options.scale
     if hour.done["train"]["ended"]:
-        command = f"ddpm reproduce --row={row} --scale={scale} --runs={hour.options.runs}"
+        words = ["ddpm", "reproduce", f"--row={row}", f"--scale={scale}"]
+        words += [f"--runs={hour.options.runs}", *(f"--config.{x}" for x in hour.options.overrides)]
+        command = shlex.join(words)
         return [*lines, f"next: the row's own evaluations: {command}"]
     minutes = hour.options.train_minutes
     return [*lines, f"next: train on, with a train_minutes={minutes:g} that is larger"]
@@ -227,7 +230,9 @@ def evaluate(hour: Hour) -> bool:
 
     def store(about: Record, *, whole: bool = True) -> list[Record]:
         about = about | {"trained": f"step {step}"}
-        keep(options.results, of_run, records := recorded(options.workdir), about, whole=whole)
+        names = tuple(match["metric"] for match in wanted)  # of "fid-768" as well
+        records = [r for r in recorded(options.workdir) if r["metric"].startswith(names)]
+        keep(options.results, of_run, records, about, whole=whole)
         return records
 
     store(provenance.unknown(options.workdir), whole=False)  # of a call that was cut off
@@ -237,7 +242,7 @@ def evaluate(hour: Hour) -> bool:
             command = rows.evaluation_command(options.workdir, metrics, match, options.data_dir)
             if not finished(hour, ["-m", "ddpm_jax.cli", *command]):
                 return False
-            store(provenance.of_run(options.workdir))
+            store(provenance.of_run(options.workdir), whole=False)
             hour.keep(part)
     records = store(provenance.of_run(options.workdir))
     values = {r["metric"]: round(r.get("value", r.get("total")), 4) for r in records}

@@ -118,12 +118,15 @@ def open_hour(paper: Record, options: HourOptions) -> Hour:
     """Read what earlier calls have done in `options.runs`.
 
     Raises:
-      LedgerError: no such row, a state file that is damaged, or calls with other options.
+      LedgerError: no such row, an override that makes another network of it at full scale, a state
+        file that is damaged, or calls with other options.
     """
     known = ", ".join(paper["rows"])
     check(options.row in paper["rows"], f"row={options.row}: one of {known}")
     config = paper["rows"][options.row]["config"]
     load_config(ROOT / config, options.fields)  # ConfigError before anything runs
+    how = rows.ReproductionOptions(scale=options.scale, overrides=options.overrides)
+    rows.check_overrides(config, how)  # `reproduce` goes on from here
     hour = Hour(options, config, time.monotonic() + 60 * options.minutes)
     path = options.runs / STATE
     if path.exists():

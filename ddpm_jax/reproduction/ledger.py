@@ -88,7 +88,9 @@ def asked(record: Record) -> Record:
         known = reference.get("provenance", {})
         # The record of `pixels` has no file of statistics, and names the split itself.
         made["reference"] = known.get("images", reference).get("split")
-        made["reference_images"] = None if reference.get("whole") else known.get("count")
+        count = known.get("count", reference.get("count"))
+        whole = reference.get("whole", not known)  # which `pixels` did not say at first
+        made["reference_images"] = None if whole else count
     return made
 
 

@@ -39,13 +39,11 @@ def commit() -> str:
     folder = checkout()
     if folder is None:
         return "unknown"  # a folder around the installation may be another project's
-    process = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git here
+        return "unknown"
     return process.stdout.strip() or "unknown"
 
 

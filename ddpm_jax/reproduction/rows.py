@@ -21,6 +21,7 @@ from ddpm_jax.reproduction import ledger, provenance
 from ddpm_jax.reproduction.ledger import check
 from ddpm_jax.reproduction.records import keep, recorded
 from ddpm_jax.runs.workdir import FREE_TO_CHANGE, RECORD, imported_weights
+from ddpm_jax.weights.files import fingerprint
 
 ROOT = shipped("")  # of configs/, benchmarks/ and pretrained/
 HOME = checkout() or Path()  # of what is written
@@ -115,7 +116,7 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
         not options.imported or "import" in described,
         f"row={row}: no checkpoint of it has been published",
     )
-    _check_overrides(described["config"], options)
+    check_overrides(described["config"], options)
     origin = "imported" if options.imported else "trained"
     workdir = options.runs / options.scale / (row if origin == "trained" else f"{row}_imported")
     network = network_command(described, workdir, options)
@@ -156,7 +157,7 @@ def reproduce(paper: ledger.Record, row: str, options: ReproductionOptions) -> N
     store(provenance.unknown(workdir), whole=not empty)  # an empty cell keeps what it had
 
 
-def _check_overrides(config: str, options: ReproductionOptions) -> None:
+def check_overrides(config: str, options: ReproductionOptions) -> None:
     """Check that the run of a row is what its cells say that it is.
 
     Raises:
@@ -177,9 +178,22 @@ def _check_overrides(config: str, options: ReproductionOptions) -> None:
 
 
 def _is_imported(workdir: Path, file: Path | None) -> bool:
-    """Say whether a run directory was imported from this file."""
+    """Say whether a run directory was imported from this file, or folder of files.
+
+    Raises:
+      LedgerError: it was imported from others.
+    """
     record = workdir / RECORD
-    return record.is_file() and ledger.read_json(record).get("source") == str(file)
+    if file is None or not record.is_file():
+        return False
+    for known in ledger.read_json(record).get("files", []):
+        name = known["name"]
+        places = file.rglob(name) if file.is_dir() else [file.with_name(name)]
+        check(
+            any(place.is_file() and fingerprint(place) == known for place in places),
+            f"{workdir} was imported from another {name} than imported={file}: name another runs",
+        )
+    return True
 
 
 def _missing(records: list[ledger.Record], metrics: list[str], match: ledger.Record) -> list[str]:
@@ -209,7 +223,8 @@ def small_evaluations(config: Config) -> list[ledger.Record]:
         {"metric": "nll", "weights": "ema", "split": "test", "num_images": HELD_OUT}
         | {"num_timesteps": 20, "clip": True, "cdf": "tanh"},
         {"metric": "pixels", "weights": "ema", "sampler": sampler, "steps": 50}
-        | {"num_images": 512, "reference": "train"},
+        | {"num_images": 512, "reference": "train", "reference_images": None}
+        | {"clip": True, "spacing": "linspace", "guidance": 1.0},
     ]
 
 

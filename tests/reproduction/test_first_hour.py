@@ -79,8 +79,9 @@ class Commands:
 
     def evaluate(self, words, flag):
         record = {"metric": flag["metrics"], "step": 3, "value": 1.5}
+        other = {"metric": "coding", "step": 3}  # which the user had measured
         with (Path(flag["workdir"]) / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record) + "\n" + json.dumps(other) + "\n")
 
 
 @pytest.fixture
@@ -178,6 +179,9 @@ def test_a_call_with_other_options_or_a_damaged_state_is_refused(hour):
     with pytest.raises(LedgerError, match="first_hour.json cannot be read"):
         spend(Commands(options))
     (options.runs / STATE).unlink()
+    wrong = HourOptions(runs=options.runs, overrides=("train.batch_size=64",))
+    with pytest.raises(LedgerError, match="train.batch_size: 128 -> 64: at scale=full a row is"):
+        first_hour.spend(PAPER, wrong)
     spend(Commands(options, 2))
     others = HourOptions(scale="small", runs=options.runs, batch_sizes=(64,))
     with pytest.raises(LedgerError, match=r"batch_sizes=\[128\] in .*, now \[64\]"):

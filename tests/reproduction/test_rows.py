@@ -16,16 +16,18 @@ from ddpm_jax.errors import LedgerError
 from ddpm_jax.reproduction import ledger, provenance, rows
 from ddpm_jax.reproduction.records import recorded
 from ddpm_jax.reproduction.rows import ReproductionOptions
+from ddpm_jax.weights.files import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
-SAMPLING = {"sampler": "ancestral", "steps": 50}
+SAMPLING = {"sampler": "ancestral", "steps": 50, "spacing": "linspace", "clip": True}
 OWN = [
     {"metric": "nll", "weights": "ema 0.99", "step": 3, "total": 5.0, "split": "test"}
     | {"num_images": 179, "num_timesteps": 20, "clip": True, "cdf": "tanh"}
     | {"curve": "evaluations/nll.csv", "timesteps": 1000},
     {"metric": "pixels", "weights": "ema 0.99", "step": 3, "value": 1.0, "num_images": 512}
-    | {"samples": {"sampling": SAMPLING}, "reference": {"split": "train", "count": 1618}},
+    | {"samples": {"sampling": SAMPLING, "guidance": 1.0}}
+    | {"reference": {"split": "train", "count": 1618}},
 ]
 FOREIGN = {"metric": "FID", "value": 2.0, "data": "digits"}  # made with --samples: no step
 OLD = OWN[0] | {"step": 2}
@@ -101,6 +103,11 @@ def test_the_device_is_that_of_a_child(monkeypatch):
     with pytest.raises(LedgerError, match="no device could be asked for its kind: .*nowhere"):
         provenance.device()
     provenance.device.cache_clear()
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance.commit() == "unknown"
 
 
 def test_records_of_other_images_and_other_steps_are_left_out(tmp_path):
@@ -188,7 +195,10 @@ def test_nobody_is_said_to_have_measured_what_is_found(machine):
 def test_an_estimate_stands_in_for_no_evaluation(machine, capsys):
     """Estimates of a few images lie in the run directory: they are passed over and not kept."""
     workdir, to_come, reproduce_on = machine
+    unclipped = {"sampling": SAMPLING | {"clip": False}, "guidance": 1.0}
+    few = {"split": "train", "count": 50, "whole": False}
     estimates = [OWN[0] | {"num_images": 5, "total": 9.0}, OWN[1] | {"weights": "raw"}]
+    estimates += [OWN[1] | {"samples": unclipped}, OWN[1] | {"reference": few}]
     lines = [json.dumps(record) + "\n" for record in estimates]
     (workdir / "evaluations.jsonl").write_text("".join(lines))
     to_come += OWN
@@ -217,8 +227,10 @@ def test_a_cell_that_stays_empty_keeps_what_it_had(machine):
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch):
     """Its run directory takes no second one, and raw weights fill no cell of the papers."""
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(b"weights")
     options = ReproductionOptions(
-        scale="full", imported=Path("x.ckpt"), runs=tmp_path, results=tmp_path / "results.jsonl"
+        scale="full", imported=file, runs=tmp_path, results=tmp_path / "results.jsonl"
     )
     workdir, ran = tmp_path / "full" / "eps_simple_imported", []
 
@@ -227,7 +239,7 @@ def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch)
         if command[0] == "import_weights":
             (workdir / "checkpoints" / "0").mkdir(parents=True)
             (workdir / "config.json").write_text(save_json(load_config("configs/cifar10.py")))
-            record = {"source": "x.ckpt", "params": weights, "ema": weights}
+            record = {"files": [fingerprint(file)], "params": weights, "ema": weights}
             (workdir / "weights.json").write_text(json.dumps(record))
         elif command[0] == "evaluate":
             raise KeyboardInterrupt
@@ -239,6 +251,11 @@ def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch)
         with pytest.raises(error, match=message):
             rows.reproduce(PAPER, "eps_simple", options)
     assert ran == ["import_weights"] + ["evaluate"] * 2 * (weights == "ema")
+    file.write_bytes(b"others!")
+    with pytest.raises(
+        LedgerError, match="imported from another x.ckpt than .*: name another runs"
+    ):
+        rows.reproduce(PAPER, "eps_simple", options)
 
 
 def test_defaults_are_those_of_the_flags():
