@@ -20,6 +20,7 @@ COVERED = {
     "config",
     "data",
     "diffusion",
+    "distillation",
     "evaluation",
     "figures",
     "files",
