@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ SHAPE = (4, 4, 3)
 KEYS = jax.random.split(jax.random.key(9), 3)
 
 
+@functools.cache  # dozens of chains have the same
 def noise(t: int) -> np.ndarray:
     """Ours at timestep t, x_T being that of t = T, channels last."""
     return np.asarray(initial_noise(KEYS, SHAPE, t))

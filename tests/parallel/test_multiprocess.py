@@ -35,7 +35,7 @@ from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.loop import train
 from tests.support.commands import command_module
-from tests.support.hosts import HOST_TIMEOUT, Pair, end, free_port, shared_pair, start
+from tests.support.hosts import FOUR, HOST_TIMEOUT, Pair, end, free_port, shared_pair, start
 from tests.support.processes import (
     final_state,
     finish,
@@ -292,10 +292,9 @@ def test_a_fault_on_one_host_ends_both(tmp_path):
         "--num_processes=2",
         f"--host_timeout={HOST_TIMEOUT}",
     ]
-    four = {"JAX_NUM_CPU_DEVICES": "4"}
-    first = script("train.py", *flags, "--process_id=0", environment=four)
+    first = script("train.py", *flags, "--process_id=0", environment=FOUR)
     faulty = [sys.executable, "-c", FAULTY]
-    second = script("train.py", *flags, "--process_id=1", before=faulty, environment=four)
+    second = script("train.py", *flags, "--process_id=1", before=faulty, environment=FOUR)
     (code, _, said), other = end([second, first])
     assert code == 1 and said.rstrip().endswith("RuntimeError: a fault of the code")
     assert_lost(other)
@@ -326,7 +325,7 @@ def test_ctrl_c_on_one_host_before_training_leaves_no_other_waiting(tmp_path, ho
             *flags,
             f"--process_id={index}",
             before=before.get(index),
-            environment={"JAX_NUM_CPU_DEVICES": "4"},
+            environment=FOUR,
         )
         for index in (0, 1)
     ]
@@ -388,7 +387,7 @@ def test_ctrl_c_in_sampling_and_evaluation_leaves_no_host_waiting(
             *flags,
             f"--process_id={host}",
             before=faulty if host in interrupted else None,
-            environment={"JAX_NUM_CPU_DEVICES": "4"},
+            environment=FOUR,
         )
         for host in (0, 1)
     ]
@@ -437,7 +436,6 @@ def start_apart(tmp_path: Path, *flags: str) -> list[subprocess.Popen]:
     processes = []
     for host, folder in enumerate(apart(tmp_path)):
         at = ["bash", "-c", f'cd {folder} && exec "$@"', "bash"]
-        environment = {"JAX_NUM_CPU_DEVICES": "4"}
         processes.append(
             script(
                 "train.py",
@@ -445,7 +443,7 @@ def start_apart(tmp_path: Path, *flags: str) -> list[subprocess.Popen]:
                 *common,
                 f"--process_id={host}",
                 before=at,
-                environment=environment,
+                environment=FOUR,
             )
         )
     return processes
@@ -509,7 +507,7 @@ def test_slurm_needs_no_flags(one, drawn, tmp_path):
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2",
     }
-    job |= {"SLURM_STEP_TASKS_PER_NODE": "2", "JAX_NUM_CPU_DEVICES": "4"}
+    job |= FOUR | {"SLURM_STEP_TASKS_PER_NODE": "2"}
     folder = tmp_path / "folder"
     flags = [f"--workdir={one}", "--num_images=11", "--batch_size=8", "--seed=3"]
     ranks = [job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]

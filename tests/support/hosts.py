@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tests.support.processes import ROOT, finish, script
 
+FOUR = {"JAX_NUM_CPU_DEVICES": "4"}  # of each process
+
 
 def start(
     name: str, *flags: str, own: tuple[list[str], list[str]] = ([], []), hosts=(0, 1)
@@ -27,18 +29,10 @@ def start(
         "--num_processes=2",
         f"--host_timeout={HOST_TIMEOUT}",
     ]
-    devices = {"JAX_NUM_CPU_DEVICES": "4"}
     return [
-        script(name, *flags, *common, f"--process_id={host}", *own[host], environment=devices)
+        script(name, *flags, *common, f"--process_id={host}", *own[host], environment=FOUR)
         for host in hosts
     ]
-
-
-def run_both(name: str, *flags: str) -> list[str]:
-    """What the two processes print, after both have ended well."""
-    ended = end(start(name, *flags))
-    assert [code for code, _, _ in ended] == [0, 0], [said[-2000:] for _, _, said in ended]
-    return [out for _, out, _ in ended]
 
 
 HOST_TIMEOUT = 10
@@ -138,7 +132,8 @@ class Pair:
         finally:
             for process in self.processes:
                 process.kill()
-                process.communicate()
+                process.wait()
+                process.stdout.close()
             self.processes = []
             if self._folder is not None:
                 shutil.rmtree(self._folder)
@@ -149,12 +144,8 @@ class Pair:
 
     def _start(self) -> None:
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="pair_"))
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "4",
-            "PYTHONFAULTHANDLER": "1",
-        }
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment |= FOUR | {"PYTHONFAULTHANDLER": "1"}
         address = f"localhost:{free_port()}"
         command = [sys.executable, "-m", "tests.support.host_worker", address]
         pipe = subprocess.PIPE
