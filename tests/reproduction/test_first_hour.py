@@ -286,9 +286,8 @@ def test_the_hour_rehearsed_and_interrupted_at_every_stage(tmp_path):
     options = ["--scale=small", f"--runs={tmp_path}", "--batch_sizes=8", "--rounds=1"]
     options += ["--minutes=60", "--train_minutes=10", *(f"--config.{item}" for item in tiny)]
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
-    environment["TORCHDYNAMO_DISABLE"] = (
-        "1"  # torch.compile takes minutes, and is PyTorch's to test
-    )
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile takes minutes: PyTorch's to test
+    environment["OMP_NUM_THREADS"] = "1"  # its threads spin, and another worker has a core
     numbers = itertools.cycle([signal.SIGTERM, signal.SIGKILL])
     for stage in ("agreement", "benchmark", "train", "sample", "evaluate"):
         process = script("first_hour.py", *options, environment=environment)
