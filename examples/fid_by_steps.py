@@ -2,8 +2,9 @@
 
     python examples/fid_by_steps.py runs/faces --output=fid.png --students runs/faces_4
 
-Every number is a line of evaluations.jsonl in its run; what was measured of the newest step in the
-same way is not measured again. Students (`ddpm distill`) are drawn in their own steps.
+Every number is a line of evaluations.jsonl in its run; what was measured of the newest step, of as
+many samples and real images, is not measured again. Students (`ddpm distill`) are drawn in their
+own steps.
 """
 
 import argparse
@@ -40,8 +41,13 @@ def fid(run, options, **sampling):
     for record in read_evaluations(run):
         drawn = record.get("samples", {}).get("sampling", {})
         real = record.get("reference", {})
-        same = real.get("provenance", {}).get("count") == count if count else real.get("whole")
-        if same and sampling.items() <= drawn.items() and wanted.items() <= record.items():
+        seen = real.get("provenance", {}).get("count", 0)
+        whole = real.get("whole") and (count is None or seen < count)
+        if (
+            (whole or seen == count)
+            and sampling.items() <= drawn.items()
+            and wanted.items() <= record.items()
+        ):
             return record["value"]
     measure = EvaluationOptions(metrics=("fid",), workdir=run, **options, **sampling)
     return evaluate(measure)[0]["value"]

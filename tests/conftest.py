@@ -37,6 +37,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 
 from tests.support.budget import Budget
+from tests.support.hosts import Pair
 from tests.support.leftovers import Leftovers
 from tests.support.sharing import Programs, under_pressure
 
@@ -100,3 +101,11 @@ def compiled_in_full(new_programs: None) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Two hosts that join at their first command, and serve the tests of all files."""
+    hosts = Pair()
+    yield hosts
+    hosts.close()

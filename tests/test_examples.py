@@ -114,6 +114,10 @@ def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     flags[flags.index("--steps=3,5")] = "--steps=3"
     assert rows_of_the_table() != printed
     assert [len(read_evaluations(run)) for run in runs] == [6, 2]
+    flags[flags.index("--reference_images=5")] = "--reference_images=5000"  # all there are
+    printed = rows_of_the_table()
+    assert rows_of_the_table() == printed
+    assert [len(read_evaluations(run)) for run in runs] == [8, 3]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import numpy as np
 from ddpm_jax.build import build_process, denoiser, image_shape
 from ddpm_jax.coding.ans import Stack
 from ddpm_jax.coding.bits_back import ChainCoder, Network, Reverse
-from ddpm_jax.coding.container import Coded, Settings
+from ddpm_jax.coding.container import MOST_IMAGES, Coded, Settings
 from ddpm_jax.coding.progressive import ProgressiveCoder, Received
 from ddpm_jax.diffusion.process import p_mean_variance
 from ddpm_jax.errors import CodingError
@@ -41,8 +41,8 @@ def compress(
     """Code uint8 images [n,h,w,c].
 
     Raises:
-      CodingError: no images, images of another kind than the network's, a network with classes or
-        non-finite output.
+      CodingError: no images or too many, images of another kind than the network's, a network with
+        classes or non-finite output.
     """
     expected = image_shape(trained.config)
     if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
@@ -50,6 +50,8 @@ def compress(
             f"images: expected uint8 {[*expected]}, at least one, "
             f"got {images.dtype} {[*images.shape]}"
         )
+    if len(images) > MOST_IMAGES:
+        raise CodingError(f"{len(images):,} images: a file holds at most {MOST_IMAGES:,}")
     header = {"shape": images.shape, "settings": asdict(settings), "model": identity(trained)}
     groups = _groups(len(images), settings.group)
     if settings.method == "lossless":

@@ -228,23 +228,23 @@ def evaluate(hour: Hour) -> bool:
         say("no FID: inception=FILE names the weights of its network")
     of_run = {"row": options.row, "scale": "hour", "origin": "trained"}
 
-    def store(about: Record, *, whole: bool = True) -> list[Record]:
+    def store(about: Record, *, whole: bool = False) -> list[Record]:
         about = about | {"trained": f"step {step}"}
         names = tuple(match["metric"] for match in wanted)  # of "fid-768" as well
         records = [r for r in recorded(options.workdir) if r["metric"].startswith(names)]
         keep(options.results, of_run, records, about, whole=whole)
         return records
 
-    store(provenance.unknown(options.workdir), whole=False)  # of a call that was cut off
+    store(provenance.unknown(options.workdir))  # of a call that was cut off
     for metrics, match in rows.grouped(wanted):
         part = f"evaluate {step} {' '.join(metrics)}"
         if part not in hour.done:
             command = rows.evaluation_command(options.workdir, metrics, match, options.data_dir)
             if not finished(hour, ["-m", "ddpm_jax.cli", *command]):
                 return False
-            store(provenance.of_run(options.workdir), whole=False)
+            store(provenance.of_run(options.workdir))
             hour.keep(part)
-    records = store(provenance.of_run(options.workdir))
+    records = store(provenance.of_run(options.workdir), whole=True)
     values = {r["metric"]: round(r.get("value", r.get("total")), 4) for r in records}
     hour.keep("evaluate", step=step, **values)
     return True

@@ -186,7 +186,10 @@ def _is_imported(workdir: Path, file: Path | None) -> bool:
     record = workdir / RECORD
     if file is None or not record.is_file():
         return False
-    for known in ledger.read_json(record).get("files", []):
+    imported = ledger.read_json(record)
+    if not file.exists():  # nor is it needed: what it held is here
+        return imported.get("source") == str(file)
+    for known in imported.get("files", []):
         name = known["name"]
         places = file.rglob(name) if file.is_dir() else [file.with_name(name)]
         check(

@@ -15,7 +15,7 @@ from ddpm_jax.build import init_params
 from ddpm_jax.coding import bits_back, progressive
 from ddpm_jax.coding.ans import SLOTS, Stack, draw_mask
 from ddpm_jax.coding.bits_back import ChainCoder, Reverse
-from ddpm_jax.coding.container import Coded, Settings
+from ddpm_jax.coding.container import MOST_IMAGES, Coded, Settings
 from ddpm_jax.coding.files import compress, decompress, receive
 from ddpm_jax.coding.gaussians import BinnedGaussian, Lattice, cdf_erf, cdf_tanh
 from ddpm_jax.coding.progressive import ProgressiveCoder, SharedNoise
@@ -254,6 +254,12 @@ def test_files_come_back_bit_for_bit(method: str, tmp_path: Path) -> None:
     if method == "lossless":
         held = 8 * coded.payload_bytes - coded.header["net_bits"] - coded.header["initial_bits"]
         assert 0 <= held < 64 * 16 + 16  # what is not information is the unused top of 64 heads
+
+
+def test_a_file_that_could_not_be_read_back_is_not_written() -> None:
+    levels = np.broadcast_to(np.uint8(0), (MOST_IMAGES + 1, 8, 8, 1))
+    with pytest.raises(CodingError, match="4,194,305 images: a file holds at most 4,194,304"):
+        compress(tiny_trained(), levels, Settings())
 
 
 def test_another_network_is_refused_and_a_nearly_equal_one_noticed() -> None:

@@ -6,7 +6,7 @@ There is one set of records and files, and what one process refuses ends both.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.runs.workdir import claim_workdir
 from ddpm_jax.training.state import init_state
 from tests.support.commands import command_module
-from tests.support.hosts import Pair, shared_pair
+from tests.support.hosts import Pair
 from tests.support.inception import pictures, save_layers
 from tests.support.tiny import tiny_config
 
@@ -37,11 +37,6 @@ def make_run(workdir: Path) -> None:
     claim_workdir(workdir, config)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(3, init_state(config).replace(step=jnp.int32(3)))
-
-
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Pair]:
-    yield from shared_pair()
 
 
 def test_two_hosts_score_a_run_as_one_does(pair: Pair, tmp_path: Path) -> None:

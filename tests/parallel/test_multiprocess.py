@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,7 +34,7 @@ from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.loop import train
 from tests.support.commands import command_module
-from tests.support.hosts import FOUR, HOST_TIMEOUT, Pair, end, free_port, shared_pair, start
+from tests.support.hosts import FOUR, HOST_TIMEOUT, end, free_port, start
 from tests.support.processes import (
     final_state,
     finish,
@@ -67,11 +66,6 @@ def ours(out: str) -> list[str]:
 
 def train_here(config: Config, workdir: Path) -> None:
     assert train(config, workdir, data_dir=workdir, devices=Devices(jax.devices()[:8])) == 0
-
-
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Pair]:
-    yield from shared_pair()
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from ddpm_jax.images import load_png
 from tests.support.commands import command_module
-from tests.support.hosts import Pair, shared_pair
-
-
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Pair]:
-    yield from shared_pair()
 
 
 @pytest.mark.multiprocess

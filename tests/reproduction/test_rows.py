@@ -239,18 +239,21 @@ def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch)
         if command[0] == "import_weights":
             (workdir / "checkpoints" / "0").mkdir(parents=True)
             (workdir / "config.json").write_text(save_json(load_config("configs/cifar10.py")))
-            record = {"files": [fingerprint(file)], "params": weights, "ema": weights}
+            record = {"source": str(file), "files": [fingerprint(file)]}
+            record |= {"params": weights, "ema": weights}
             (workdir / "weights.json").write_text(json.dumps(record))
         elif command[0] == "evaluate":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(rows, "run", run)
-    for _ in range(2):
+    for there in (True, True, False):
+        if not there:
+            file.unlink()
         said = (LedgerError, "x.ckpt has raw weights alone") if weights == "raw" else None
         error, message = said or (KeyboardInterrupt, None)
         with pytest.raises(error, match=message):
             rows.reproduce(PAPER, "eps_simple", options)
-    assert ran == ["import_weights"] + ["evaluate"] * 2 * (weights == "ema")
+    assert ran == ["import_weights"] + ["evaluate"] * 3 * (weights == "ema")
     file.write_bytes(b"others!")
     with pytest.raises(
         LedgerError, match="imported from another x.ckpt than .*: name another runs"

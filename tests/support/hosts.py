@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.processes import ROOT, finish, script
@@ -172,12 +171,3 @@ class Pair:
         self.processes = []
         said = [self._place(host, "errors").read_text()[-4000:] for host in (0, 1)]
         raise AssertionError(f"a host hung or died: {said[0]}\n\nthe other: {said[1]}")
-
-
-PAIR = Pair()  # of this process: its tests, of any file, share it
-
-
-def shared_pair() -> Iterator[Pair]:
-    """The body of a fixture of session scope."""
-    yield PAIR
-    PAIR.close()
