@@ -253,11 +253,15 @@ def network_command(
 ) -> list[str]:
     """Return the command that leaves a trained network in `workdir`: its name and its flags."""
     if options.imported:
+        data = load_config(ROOT / described["config"]).data  # which a file does not tell
         return [
             "import_weights",
             f"--layout={described['import']['layout']}",
             f"--input={options.imported}",
             f"--workdir={workdir}",
+            f"--config.data.name={data.name}",
+            f"--config.data.crop={data.crop}",
+            f"--config.data.in_memory={str(data.in_memory).lower()}",
         ]
     small = [f"{name}={value}" for name, value in SMALL.items()] if options.scale == "small" else []
     return [

@@ -33,10 +33,10 @@ _DATA_SETS = {
     "bedroom": "lsun/bedroom",
     "church": "lsun/church_outdoor",
     "horse": "lsun/horse",
+    r"(?<![a-z])cat(?![a-z])": "lsun/cat",
     "lsun": "lsun/bedroom",
     "celeba_?hq": "celeb_a_hq/256",
     "celeba": "celeb_a",
-    r"(?<![a-z])cat(?![a-z])": "lsun/cat",
 }
 
 

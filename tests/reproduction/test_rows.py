@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_jax.cli import flags, reproduce
-from ddpm_jax.config import load_config, save_json
+from ddpm_jax.config import Config, load_config, override, save_json
 from ddpm_jax.errors import LedgerError
 from ddpm_jax.reproduction import ledger, provenance, rows
 from ddpm_jax.reproduction.records import recorded
@@ -264,6 +264,20 @@ def test_an_import_is_made_once_and_has_averages(weights, tmp_path, monkeypatch)
 def test_defaults_are_those_of_the_flags():
     parsed = reproduce.parser().parse_args([])
     assert flags.fill(ReproductionOptions, parsed) == ReproductionOptions()
+
+
+@pytest.mark.parametrize("row", [name for name, row in PAPER["rows"].items() if "import" in row])
+def test_an_import_is_told_the_images_of_its_row(row, tmp_path):
+    """No file tells them, and not every name does: CelebA's is called ckpt.pth."""
+    described = PAPER["rows"][row]
+    options = ReproductionOptions(scale="full", imported=tmp_path / "ckpt.pth")
+    _, *words = rows.network_command(described, tmp_path, options)
+    told = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    config, expected = Config(), load_config(ROOT / described["config"])
+    for item in told:
+        override(config, item)
+    for field in ("name", "crop", "in_memory"):
+        assert getattr(config.data, field) == getattr(expected.data, field)
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys, monkeypatch):

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.build import abstract_params, build_process
 from ddpm_jax.cli import import_weights as import_script
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, UNetConfig
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, UNetConfig, load_config
 from ddpm_jax.errors import UserError, WeightsError
+from ddpm_jax.files import parse_json
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.trained import open_trained
 from ddpm_jax.weights import settings
@@ -24,6 +25,7 @@ from ddpm_jax.weights.layout import write_tensors
 from ddpm_jax.weights.layouts import diffusers
 from ddpm_jax.weights.layouts.registry import LAYOUTS
 from ddpm_jax.weights.recognise import recognise_process
+from tests.support.layers import ROOT
 from tests.support.torch_files import write_torch
 
 SIZE = ["data.image_size=8"]
@@ -363,6 +365,19 @@ def test_what_stands_for_a_file_is_not_taken_for_it(name, tmp_path):
     (tmp_path / name).write_text("\n<!DOCTYPE html><html><body>Sign in</body></html>")
     with pytest.raises(WeightsError, match="is a web page, not a file of weights"):
         import_weights("auto", tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------- data sets
+
+PAPER = parse_json((ROOT / "benchmarks" / "paper.json").read_text())
+
+
+@pytest.mark.parametrize("row", [name for name, row in PAPER["rows"].items() if "import" in row])
+def test_a_published_file_is_of_its_rows_data_set_by_its_name(row):
+    described = PAPER["rows"][row]
+    expected = load_config(ROOT / described["config"]).data.name
+    named, _ = settings._guess_data(Path(described["import"]["file"]), Config())
+    assert named == expected
 
 
 # ------------------------------------------------------------------------------------- a second try
