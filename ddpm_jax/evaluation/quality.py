@@ -127,7 +127,7 @@ def measure(
 
 
 def extract(extractor: Extractor, images: ImageSet, metrics: Sequence[str], tap: str) -> Features:
-    """Compute the features that `metrics` need, on every host."""
+    """Compute the features that `metrics` need, on every host; logits without their bias."""
     taps = taps_of(metrics, tap)
     rows: dict[str, list[np.ndarray]] = {name: [] for name in taps if name != "spatial"}
     spatial = Moments()  # as wide as all the rest, and only its moments are needed
@@ -136,7 +136,10 @@ def extract(extractor: Extractor, images: ImageSet, metrics: Sequence[str], tap:
             spatial += Moments.of(block.features["spatial"])
         for name, blocks in rows.items():
             blocks.append(block.features[name])
-    return Features({name: np.concatenate(blocks) for name, blocks in rows.items()}, spatial)
+    features = {name: np.concatenate(blocks) for name, blocks in rows.items()}
+    if "logits" in features:  # the Inception Score's, whose code has no bias
+        features["logits"] -= extractor.weights.params["softmax"]["bias"]
+    return Features(features, spatial)
 
 
 def score(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import numpy as np
+import scipy.special
+import scipy.stats
 
 from ddpm_jax.evaluation import quality
+from ddpm_jax.evaluation.inception.features import Block
 from ddpm_jax.evaluation.metrics.frechet import Gaussian
+from ddpm_jax.evaluation.metrics.inception_score import inception_score
 from ddpm_jax.evaluation.metrics.moments import Moments
 from ddpm_jax.evaluation.quality import Features
 from ddpm_jax.evaluation.references import Reference
@@ -43,3 +50,22 @@ def test_the_fid_is_that_of_all_rows() -> None:
     roots = np.sqrt(np.linalg.eigvalsh(np.cov(wide.T)))
     expected = np.sum(wide.mean(axis=0) ** 2) + np.sum((roots - 1) ** 2)
     np.testing.assert_allclose(fid.value, expected, rtol=1e-6)
+
+
+def test_the_inception_score_is_of_logits_without_their_bias(monkeypatch) -> None:
+    """As the papers' code has it; a bias that favours classes would lower the score."""
+    rng = np.random.default_rng(2)
+    products = rng.normal(size=(40, 7)).astype(np.float32)
+    bias = rng.normal(size=7).astype(np.float32)
+    monkeypatch.setattr(quality, "inception_score", functools.partial(inception_score, splits=1))
+    extractor = SimpleNamespace(
+        weights=SimpleNamespace(params={"softmax": {"bias": bias}}),
+        blocks=lambda images, taps, what: [
+            Block(start, {"logits": products[start : start + 20] + bias}, "") for start in (0, 20)
+        ],
+    )
+    features = quality.extract(extractor, None, ["is"], "2048")
+    (score,) = quality.score(features, None, ["is"], "2048")
+    p = scipy.special.softmax(products.astype(np.float64), axis=1)
+    divergence = np.mean([scipy.stats.entropy(row, p.mean(axis=0)) for row in p])
+    np.testing.assert_allclose(score.value, np.exp(divergence), rtol=1e-6)

@@ -1,7 +1,8 @@
 """Compute the Inception Score (Salimans et al. 2016): exp(mean KL(p(y|x) || p(y))).
 
 Mean and deviation are over 10 parts of the samples. The classes are the 1008 of the 2015 network,
-with its bias: scores by other networks are other scores.
+whose logits are taken without its bias, as in the papers' own code: scores with it, or by other
+networks, are other scores.
 """
 
 from __future__ import annotations
