@@ -17,6 +17,8 @@ from ddpm_jax.machine import tune_cpu
 from ddpm_jax.parallel import programs
 from ddpm_jax.progress import Lenient
 
+_TOO_LARGE = "out of memory: this config is too large for the machine"
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command, and end the process with the code of `outcome`."""
@@ -76,7 +78,7 @@ def outcome(main: Callable[[], int | None]) -> int:
             raise
         return complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     except MemoryError:
-        return complain("out of memory: this config is too large for the machine")
+        return complain(_TOO_LARGE)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -87,10 +89,7 @@ def _of_jax(error: Exception) -> str:
     """Return the line about an error of JAX that the user can mend, and raise any other."""
     ours = type(error).__name__ == "JaxRuntimeError"
     if ours and "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "out of memory: a smaller batch, --config.train.accumulation or "
-            "--config.model.remat=true take less"
-        )
+        return _less_memory()
     if "jax" in sys.modules:
         from ddpm_jax.parallel.devices import why_none
 
@@ -102,6 +101,18 @@ def _of_jax(error: Exception) -> str:
         f"the hosts lost one another ({str(error).splitlines()[0]}): start all of them again, "
         "they go on"
     )
+
+
+def _less_memory() -> str:
+    """Return the line about a device that has no memory left, with the flags of this command."""
+    if "batch_size" in flags.NAMES:
+        return "out of memory: a smaller --batch_size takes less"
+    if "config.SECTION.FIELD" in flags.NAMES:
+        return (
+            "out of memory: --config.train.accumulation=2, or more, and --config.model.remat=true "
+            "take less"
+        )
+    return _TOO_LARGE
 
 
 def _again(step: int) -> str:

@@ -16,9 +16,12 @@ from ddpm_jax.errors import WorkdirError
 from ddpm_jax.files import read_json
 from ddpm_jax.runs.data_origin import read_origin
 
-# Fields that may change when a run goes on: none of them touches what a training step computes, but
-# for skip_bad where an image has gone bad since, and what is held out stays held out then.
+# Fields that may change when a run goes on: none of them touches what a training step computes.
+# Accumulation and remat change its rounding alone, as another number of devices does; skip_bad
+# leaves out what has gone bad since, and what is held out stays held out then.
 FREE_TO_CHANGE = (
+    "model.remat",
+    "train.accumulation",
     "train.steps",
     "train.log_every",
     "train.eval_every",

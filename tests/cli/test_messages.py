@@ -25,6 +25,7 @@ from ddpm_jax.cli import (
     reproduce,
     run,
     sample,
+    train,
 )
 from ddpm_jax.config import Config, load_config, override
 from ddpm_jax.data.folder import scan
@@ -77,6 +78,27 @@ def test_devices_that_are_not_there_are_one_line(monkeypatch, capsys):
         "error: JAX_PLATFORMS=cpu has no devices here: "
         "Unable to initialize backend 'cuda': no such thing\n"
     )
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (train, "--config.train.accumulation=2, or more, and --config.model.remat=true take less"),
+        (sample, "a smaller --batch_size takes less"),
+        (evaluate, "a smaller --batch_size takes less"),
+        (plot_metrics, "this config is too large for the machine"),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_flags_that_the_command_has(command, said, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    capsys.readouterr()
+
+    def full() -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    assert run.outcome(full) == 1
+    assert one_line(capsys) == f"error: out of memory: {said}\n"
 
 
 def test_a_fault_of_the_code_stays_a_traceback():

@@ -113,6 +113,18 @@ def test_a_run_goes_on_with_another_number_of_devices(run, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.params, other.params)
 
 
+def test_a_run_goes_on_with_what_takes_less_memory(run, tmp_path):
+    """As the line about memory says it, in the directory that the run has claimed by then."""
+    config, straight = run
+    workdir = tmp_path / "smaller"
+    shutil.copytree(straight, workdir)
+    smaller = tiny_config(train={"sample_every": 6, "accumulation": 4}, model={"remat": True})
+    train_on(2, smaller, workdir, step=4)
+    assert from_dict(json.loads((workdir / "config.json").read_text())) == smaller
+    one, other = final_state(config, workdir), final_state(config, straight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.params, other.params)
+
+
 def test_going_on_from_an_older_checkpoint_drops_what_came_after(run, tmp_path):
     config, straight = run
     workdir = tmp_path / "back"
