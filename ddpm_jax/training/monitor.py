@@ -122,7 +122,7 @@ class Log:
 class HeldOut:
     """The loss on the first held-out images, at fixed timesteps and noise.
 
-    Each image counts once.
+    Each image counts once. A microbatch of them is in memory at a time, as in a step.
     """
 
     def __init__(
@@ -133,8 +133,9 @@ class HeldOut:
 
     def __call__(self, params: Params) -> float:
         """Return the mean loss of `params`; all hosts call it together."""
-        size, host, hosts = self._config.train.batch_size, jax.process_index(), jax.process_count()
-        batches = eval_batches(self._source, self._config.train.eval_images, size, host, hosts)
+        train, host, hosts = self._config.train, jax.process_index(), jax.process_count()
+        size = train.batch_size // train.accumulation
+        batches = eval_batches(self._source, train.eval_images, size, host, hosts)
         total, count = 0.0, 0.0
         for number, batch in enumerate(batches):
             share = size // hosts

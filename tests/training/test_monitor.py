@@ -15,12 +15,14 @@ import pytest
 
 from ddpm_jax import images
 from ddpm_jax import progress as progress_module
+from ddpm_jax.data.source import ArraySource
 from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import waiting
 from ddpm_jax.runs.metrics import MetricWriter
 from ddpm_jax.training import monitor
 from ddpm_jax.training.monitor import Diverged, Log
+from tests.support.tiny import images as pictures
 from tests.support.tiny import tiny_config
 
 
@@ -227,3 +229,26 @@ def test_a_grid_of_a_network_with_classes_has_all_of_them(tmp_path) -> None:
     levels = np.array([0, 128, 255, 0, 128], np.uint8)[:, None, None, None]
     expected = images.grid(np.broadcast_to(levels, (5, 8, 8, 1)))
     assert np.abs(shown.grid.astype(int) - expected).max() <= 1
+
+
+def test_the_held_out_loss_takes_a_microbatch_at_a_time() -> None:
+    """What fits into memory in a step does so in between; the loss is that of whole batches."""
+
+    class Spy:
+        def __init__(self) -> None:
+            self.source, self.sizes = ArraySource(pictures(tiny_config(), 20)), set()
+
+        def __len__(self) -> int:
+            return len(self.source)
+
+        def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+            self.sizes.add(len(indices))
+            return self.source.read(indices)
+
+    network = Network(lambda key: {}, lambda params, x_t, t, labels, dropout: 0.5 * x_t)
+    devices, losses = Devices(jax.devices()[:2]), []
+    for accumulation, size in ((1, 16), (4, 4)):
+        config, spy = tiny_config(train={"accumulation": accumulation}), Spy()
+        losses.append(monitor.HeldOut(config, devices, spy, network)({}))
+        assert spy.sizes == {size}
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
