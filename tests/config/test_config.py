@@ -130,6 +130,21 @@ def test_improved_ddpm_is_the_published_network():
 
 
 @pytest.mark.parametrize(
+    "variant, dropout",
+    [
+        ("1k_linear_simple", 0.1),
+        ("4k_linear_simple", 0.1),
+        ("4k_linear_hybrid", 0.1),
+        ("4k_cosine_simple", 0.3),
+        ("4k_cosine_hybrid", 0.3),
+        ("4k_cosine_vlb", 0.3),
+    ],
+)
+def test_improved_ddpm_drops_out_what_its_appendix_has_for_the_schedule(variant, dropout):
+    assert load_config(f"{FOLDER}/improved_ddpm.py:{variant}").model.dropout == dropout
+
+
+@pytest.mark.parametrize(
     "name, said",
     [
         ("table2.py:eps", "table2.py:VARIANT, one of mu_l_learned, mu_l_fixed"),
