@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax.config import Config
@@ -36,7 +37,7 @@ class Diffusers:
       threads: of PyTorch, where it runs on a CPU.
 
     Raises:
-      RivalError: PyTorch or diffusers is not installed, or it failed.
+      RivalError: PyTorch or diffusers is not installed, sees no GPU where JAX is on one, or failed.
       WeightsError: diffusers has no such network.
     """
 
@@ -61,6 +62,13 @@ class Diffusers:
         self._process.start()
         there.close()
         self.about: dict[str, Any] = self._receive()
+        platform = jax.default_backend()
+        if platform != "cpu" and self.about["device"] == "cpu":
+            self.close()
+            raise RivalError(
+                f"against=diffusers: PyTorch {self.about['torch']} is on the CPU and JAX on a "
+                f"{platform}: install PyTorch's build for CUDA, or leave against out"
+            )
 
     def train(self, variant: str, steps: int) -> float:
         """Return the seconds a training step, of so many."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ddpm_jax.config import load_config
+from ddpm_jax.errors import LedgerError
 from ddpm_jax.files import read_json
 from ddpm_jax.progress import say
 from ddpm_jax.reproduction import processes, provenance, rows
@@ -138,25 +139,38 @@ def agree(hour: Hour) -> bool:
 
 
 def time_speed(hour: Hour, size: int, what: str) -> bool:
-    """Time one batch size, training or sampling, in turn with diffusers where that is installed."""
+    """Time one batch size, training or sampling, in turn with diffusers where that is installed.
+
+    Where this fails, as PyTorch may for lack of memory or of a compiler, ours is timed alone; a
+    failure of that is noted, and the training still has its turn.
+    """
     here = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
     if not here:
         say("PyTorch or diffusers is not installed: timed alone (pip install 'ddpm_jax[torch]')")
-    path = hour.options.runs / "speed" / f"{size}_{what.partition(',')[0]}.json"
+    kind, name = what.partition(",")[0], f"speed {size} {what}"
+    path = hour.options.runs / "speed" / f"{size}_{kind}.json"
     fields = (*hour.options.fields, f"train.batch_size={size}")
     command = ["-m", "ddpm_jax.cli", "benchmark", f"--config={ROOT / hour.config}"]
     command += [f"--what={what}", f"--rounds={hour.options.rounds}", f"--output={path}"]
-    command += ["--against=diffusers", "--variants=eager,compiled"] if here else []
-    if not finished(hour, [*command, *(f"--config.{item}" for item in fields)]):
-        return False
-    kind = what.partition(",")[0]
+    command += [f"--config.{item}" for item in fields]
+    rival = ["--against=diffusers", "--variants=eager,compiled"]
+    for more in [rival, []] if here else [[]]:
+        try:
+            if not finished(hour, [*command, *more]):
+                return False
+            break
+        except LedgerError as error:
+            say(f"{error}; {'timed alone' if more else 'not timed'}")
+    else:
+        hour.keep(name, device=provenance.device(), error="the benchmark failed")
+        return True
     result = read_json(path, nan=True)
     times = {
-        name: f"{row['median_ms']:.4g} ms"
-        for name, row in result[kind].items()
+        side: f"{row['median_ms']:.4g} ms"
+        for side, row in result[kind].items()
         if isinstance(row, dict) and "median_ms" in row
     }
-    hour.keep(f"speed {size} {what}", device=provenance.device(), **times)
+    hour.keep(name, device=provenance.device(), **times)
     write_table(hour.options.page, speed_table(hour.options.runs / "speed"))
     return True
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -283,6 +284,20 @@ def test_a_rival_that_is_gone_is_told_in_one_line():
     rival._here = Requests((None, "eager: ValueError: no"))
     with pytest.raises(rivals.RivalError, match="^against=diffusers: eager: ValueError: no$"):
         rival.sample("eager", 1)
+
+
+@pytest.mark.parametrize("platform, device", [("gpu", "cpu"), ("gpu", "H100"), ("cpu", "cpu")])
+def test_a_rival_on_the_cpu_is_no_rival_of_a_gpu(monkeypatch, platform, device):
+    pipe = SimpleNamespace(recv=lambda: ({"torch": "2", "device": device}, None), close=list)
+    process = SimpleNamespace(start=list, join=lambda timeout: None, is_alive=bool)
+    context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **task: process)
+    monkeypatch.setattr(rivals.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    if (platform, device) == ("gpu", "cpu"):
+        with pytest.raises(rivals.RivalError, match="2 is on the CPU and JAX on a gpu: install"):
+            rivals.Diffusers(tiny_config(), 4, threads=1)
+    else:
+        assert rivals.Diffusers(tiny_config(), 4, threads=1).about["device"] == device
 
 
 @pytest.mark.interop

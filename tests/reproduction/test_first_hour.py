@@ -164,6 +164,28 @@ def test_a_device_that_computes_something_else_ends_the_hour(hour):
     assert commands.ran == ["agreement"] * 4
 
 
+@pytest.mark.parametrize("ours_too", [False, True])
+def test_a_rival_that_fails_does_not_hold_up_the_training(hour, monkeypatch, capsys, ours_too):
+    """PyTorch may lack a compiler or memory at every call: ours is timed alone, or not at all."""
+    options, spend = hour
+    monkeypatch.setattr(first_hour.importlib.util, "find_spec", lambda name: name)
+    commands = Commands(options)
+
+    def failing(words, flag):
+        if ours_too or "--against=diffusers" in words:
+            raise LedgerError("this command ended with code 1")
+        Commands.benchmark(commands, words, flag)
+
+    commands.benchmark = failing
+    assert spend(commands) == 0
+    assert commands.ran == ["agreement"] * 2 + ["benchmark"] * 4 + ORDER[4:]
+    said = capsys.readouterr()
+    assert "ended with code 1; timed alone" in said.err + said.out
+    failed = "error the benchmark failed" in said.out
+    assert failed == ours_too == ("ended with code 1; not timed" in said.err + said.out)
+    assert spend(again := Commands(options)) == 0 and again.ran == []
+
+
 def test_a_number_that_is_not_finite_is_far_off(tmp_path):
     paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for path, value in zip(paths, (np.nan, 1.0)):
