@@ -34,6 +34,7 @@ from ddpm_jax.machine import memory
 from ddpm_jax.parallel.devices import Devices
 
 SIZES = (256, 128, 64, 32, 16, 8)
+LARGE = 128  # pixels from which on the recipe is that of CelebA-HQ
 ALIGNED = (178, 218)  # CelebA's aligned faces
 _LOOKED_AT = 20_000  # images whose size is read
 _DECODED = 64  # images whose channels are looked at
@@ -94,28 +95,28 @@ def choose_config(
       ConfigError: an override that does not serve.
     """
     overrides = list(overrides)
+    said = {item.partition("=")[0] for item in overrides}
     listing = scan(folder)
     paths, survey = listing.images, survey_images(listing.images)
     classes = folder_classes(listing) if "data.classes=true" in overrides else ()
     fast = devices.devices[0].platform != "cpu"
     data, why = choose_data(folder, survey, image_size, fast, "data.skip_bad=true" in overrides)
-    held_out = len(split_folder(paths, "test", data.held_out_every))
     config = Config(
         data=data,
         model=choose_network(data.image_size, fast, len(classes)),
         diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
         loss=LossConfig(weighting="min_snr"),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-4 if fast else 1e-3, warmup_steps=5000 if fast else 500
-        ),
-        train=choose_training(fast, len(devices.devices), held_out),
+        optimizer=choose_optimizer(data.image_size, fast),
+        train=choose_training(data.image_size, fast, len(devices.devices)),
         sampling=SamplingConfig() if fast else SamplingConfig(sampler="ddim", steps=50),
     )
     for item in overrides:
         override(config, item)
     validate(config)
+    held_out = len(split_folder(paths, "test", config.data.held_out_every))
+    if "train.eval_images" not in said:
+        config.train.eval_images = min(held_out, config.train.eval_images)
     choices = [*why, *_explain_classes(config, classes), *_explain(config, fast, held_out)]
-    said = {item.partition("=")[0] for item in overrides}
     return config, [choice for choice in choices if choice.field not in said]
 
 
@@ -164,7 +165,8 @@ def choose_data(
         machine = "" if fast else ", and more takes a CPU days"
         reason = f"the smallest side of an image is {side}{machine}"
     if size % 2 and crop == "none" and image_size is None:  # a network halves the size
-        size, crop, reason = size - 1, "center", f"the images are {side}x{side}, an odd size"
+        size, crop = size - 1, "center"
+        reason = f"the images are {side}x{side}, shrunk by one pixel"
     pixels = survey.count * size**2 * (1 if survey.grey else 3)
     data = DataConfig(
         name="folder",
@@ -218,14 +220,22 @@ def choose_network(size: int, fast: bool, classes: int = 0) -> UNetConfig:
     )
 
 
-def choose_training(fast: bool, devices: int, held_out: int) -> TrainConfig:
-    """Choose batch, length and how often to look, for this machine."""
+def choose_optimizer(size: int, fast: bool) -> OptimizerConfig:
+    """Choose the learning rate for images of this size: 2e-4 is unstable with large ones."""
+    if not fast:
+        return OptimizerConfig(learning_rate=1e-3, warmup_steps=500)
+    return OptimizerConfig(learning_rate=2e-5 if size >= LARGE else 2e-4, warmup_steps=5000)
+
+
+def choose_training(size: int, fast: bool, devices: int) -> TrainConfig:
+    """Choose batch, length and how often to look, for images of this size and this machine."""
     if fast:
+        batch_size = 64 if size >= LARGE else 128
         return TrainConfig(
             steps=200_000,
-            batch_size=-(-128 // devices) * devices,
+            batch_size=-(-batch_size // devices) * devices,
             ema_warmup=True,
-            eval_images=min(held_out, 2048),
+            eval_images=2048,
             sample_every=10_000,
         )
     return TrainConfig(
@@ -235,7 +245,7 @@ def choose_training(fast: bool, devices: int, held_out: int) -> TrainConfig:
         ema_warmup=True,
         log_every=50,
         eval_every=500,
-        eval_images=min(held_out, 512),
+        eval_images=512,
         checkpoint_every=500,
         sample_every=2000,
         sample_images=16,

@@ -21,7 +21,12 @@ from ddpm_jax.evaluation.inputs import Inputs
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.training import own_images
-from ddpm_jax.training.own_images import choose_config, choose_network
+from ddpm_jax.training.own_images import (
+    choose_config,
+    choose_network,
+    choose_optimizer,
+    choose_training,
+)
 from tests.support.commands import command_module
 
 # A network and a run so small that compiling is all they cost.
@@ -84,6 +89,36 @@ def test_what_one_says_wins_and_is_not_said_again(tmp_path):
     )
     assert (config.data.image_size, config.data.flip, config.seed) == (48, False, 3)
     assert "data.flip" not in {choice.field for choice in choices}
+
+
+def test_what_is_measured_is_of_what_is_held_out(tmp_path):
+    """Of every fourth image where one says so, and as many as one says."""
+    write(tmp_path / "in", 40, 8, 8)
+    for overrides, count in (([], 4), (["data.held_out_every=4"], 10)):
+        config, choices = choose_config(tmp_path / "in", one_device(), overrides=overrides)
+        said = {choice.field: (choice.value, choice.reason) for choice in choices}
+        assert config.train.eval_images == count
+        assert said["train.eval_images"] == (str(count), f"of {count} held out")
+    overrides.append("train.eval_images=3")
+    config, _ = choose_config(tmp_path / "in", one_device(), overrides=overrides)
+    assert config.train.eval_images == 3
+
+
+@pytest.mark.parametrize(
+    "size, fast, batch_size, learning_rate",
+    [(64, True, 129, 2e-4), (128, True, 66, 2e-5), (256, True, 66, 2e-5), (256, False, 33, 1e-3)],
+)
+def test_large_images_have_the_recipe_of_large_images(size, fast, batch_size, learning_rate):
+    """On three devices; CelebA-HQ's batch of 64 and 2e-5, since 2e-4 is unstable there."""
+    assert choose_training(size, fast, 3).batch_size == batch_size
+    assert choose_optimizer(size, fast).learning_rate == learning_rate
+
+
+def test_an_odd_side_is_shrunk_and_says_so(tmp_path):
+    write(tmp_path / "in", 4, 9, 9, "L")
+    _, choices = choose_config(tmp_path / "in", one_device())
+    said = {choice.field: choice.reason for choice in choices}
+    assert said["image_size"] == "the images are 9x9, shrunk by one pixel"
 
 
 def test_images_that_the_container_has_no_room_for_stay_on_disk(tmp_path, monkeypatch):
