@@ -104,10 +104,13 @@ class StreamBatches:
         """Return the next global batch."""
         parts = [self._left] if self._left else []
         count = sum(len(part["image"]) for part in parts)
-        while count < self._batch_size:
-            parts.append(next(self._arrays))
-            count += len(parts[-1]["image"])
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        whole = self._left
+        if count < self._batch_size:
+            while count < self._batch_size:
+                parts.append(next(self._arrays))
+                count += len(parts[-1]["image"])
+            # Each array is copied once, as it comes: the stream may fill its memory anew.
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._left = {name: column[self._batch_size :] for name, column in whole.items()}
         self._next += 1
         return {name: column[: self._batch_size] for name, column in whole.items()}

@@ -126,6 +126,27 @@ def test_a_stream_gives_a_step_its_batch_wherever_it_was():
         np.testing.assert_array_equal(batches(step)["image"][:, 0, 0, 0], expected)
 
 
+def test_an_array_of_a_stream_is_copied_once_and_no_more(monkeypatch):
+    """Ten steps of an array that holds ten batches; its memory may then hold the next one."""
+    array, copied, join = np.zeros((40, 2, 2, 1), np.uint8), [], np.concatenate
+
+    def refilled():
+        for number in range(3):
+            array[:] = number
+            yield array
+
+    def counting(parts):
+        copied.append(sum(map(len, parts)))
+        return join(parts)
+
+    batches = StreamBatches(Stream(refilled), batch_size=4)
+    monkeypatch.setattr(np, "concatenate", counting)
+    shown = [batches(step)["image"] for step in range(30)]
+    assert sum(copied) == 3 * len(array)
+    for step, images in enumerate(shown):
+        assert (images == step // 10).all()
+
+
 def test_hosts_share_the_batches_of_a_stream():
     parts = [StreamBatches(stream(10, 3), 4, host, 2)(2)["label"] for host in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(parts), [8, 9, 0, 1])
