@@ -51,9 +51,10 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 	@echo "the site: $(CURDIR)/.cache/site/index.html"
 
-# The first hour on a GPU, ten minutes a call: checked, timed, trained, drawn, evaluated. CUDA comes as wheels.
+# The first hour on a GPU, ten minutes a call: checked, timed, trained, drawn, evaluated. CUDA comes as wheels,
+# which the plugin alone, as docs/ahead.md installs it, does not bring.
 gpu: $(READY)
-	@$(VENV)/bin/python -c "import jax_cuda12_plugin" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[cuda,torch]"
+	@$(VENV)/bin/python -c "import jax_cuda12_plugin, nvidia.cudnn, nvidia.cuda_nvcc" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[cuda,torch]"
 	$(VENV)/bin/python -m ddpm_jax.cli first-hour --minutes=10 $(ARGS)
 
 clean:

@@ -150,6 +150,22 @@ def test_the_backend_that_make_uses_is_pinned():
         assert specifier.version in needed.specifier
 
 
+def test_make_gpu_looks_for_the_libraries_of_cuda_too(tmp_path):
+    """JAX's plugin alone, which compiling ahead needs, finds no GPU."""
+    (code,) = re.findall(r'-c "(import jax_cuda12_plugin[^"]*)"', (ROOT / "Makefile").read_text())
+    command = [sys.executable, "-S", "-c", code]  # without what is installed here
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def found() -> bool:
+        return not subprocess.run(command, env=environment, capture_output=True).returncode
+
+    (tmp_path / "jax_cuda12_plugin").mkdir()
+    assert not found()
+    for library in ("cudnn", "cuda_nvcc"):
+        (tmp_path / "nvidia" / library).mkdir(parents=True)
+    assert found()
+
+
 def test_the_core_runs_without_tensorflow_and_pytorch():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -50,13 +50,14 @@ def spend(paper: Record, options: HourOptions) -> int:
       0, or 128 + the signal's number when one ended the call.
 
     Raises:
-      LedgerError: a stage failed; what is done stays done.
+      LedgerError: no accelerator, or a stage failed; what is done stays done.
     """
     hour = open_hour(paper, options)
     following = None
     try:
         with stoppable():
             for name, stage in stages(hour):
+                check_device(hour)
                 say(f"{name}: {hour.left() / 60:.1f} minutes left")
                 if hour.left() <= 0 or not stage(hour):
                     following = name
@@ -66,6 +67,19 @@ def spend(paper: Record, options: HourOptions) -> int:
         return 128 + stop.number
     print("\n".join(summary(hour, following)), flush=True)
     return 0
+
+
+def check_device(hour: Hour) -> None:
+    """Check that an hour at full scale has an accelerator: JAX falls back to the CPU by itself.
+
+    Raises:
+      LedgerError: it has none.
+    """
+    check(
+        hour.options.scale != "full" or not provenance.device().endswith(" x cpu"),
+        "JAX finds no accelerator: pip install -c requirements.lock -e '.[cuda]', "
+        "or rehearse with scale=small",
+    )
 
 
 def stages(hour: Hour) -> Iterator[tuple[str, Callable[[Hour], bool]]]:

@@ -118,15 +118,23 @@ def open_hour(paper: Record, options: HourOptions) -> Hour:
     """Read what earlier calls have done in `options.runs`.
 
     Raises:
-      LedgerError: no such row, an override that makes another network of it at full scale, a state
-        file that is damaged, or calls with other options.
+      LedgerError: no such row, an override that makes another network of it at full scale, no
+        file of that name for Inception, a state file that is damaged, or calls with other options.
+      DataError: the data set is not prepared.
     """
     known = ", ".join(paper["rows"])
     check(options.row in paper["rows"], f"row={options.row}: one of {known}")
     config = paper["rows"][options.row]["config"]
-    load_config(ROOT / config, options.fields)  # ConfigError before anything runs
+    data = load_config(ROOT / config, options.fields).data  # ConfigError before anything runs
     how = rows.ReproductionOptions(scale=options.scale, overrides=options.overrides)
     rows.check_overrides(config, how)  # `reproduce` goes on from here
+    inception = options.inception
+    check(inception is None or inception.is_file(), f"inception={inception}: no such file")
+    if options.scale == "full":
+        # It imports TFDS and grain, which the digits of a rehearsal do not need.
+        from ddpm_jax.data.prepared import find_prepared
+
+        find_prepared(data.name, options.data_dir)
     hour = Hour(options, config, time.monotonic() + 60 * options.minutes)
     path = options.runs / STATE
     if path.exists():

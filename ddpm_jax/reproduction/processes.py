@@ -81,11 +81,11 @@ def _end(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(GRACE)
-        except BaseException:
-            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            process.kill()  # nothing where it has ended
             process.wait()
-            raise
 
 
 def _ending_with_parent() -> list[str]:

@@ -27,7 +27,7 @@ def speed_table(folder: Path) -> str:
         result = read_json(path)
         kinds = sorted(set(result["machine"]["devices"]))
         device = f"{len(result['machine']['devices'])} x {', '.join(kinds)}"
-        config = f"{Path(result['config']).stem}, {result['dtype']}"
+        config = f"{name_of(result['config'])}, {result['dtype']}"
         for what in ("train", "sample"):
             if timed := result.get(what):
                 ratios = [timed.get(rival, {}).get("ratio") for rival in RIVALS]
@@ -47,19 +47,31 @@ def speed_table(folder: Path) -> str:
 def launches(result: Record, what: str, device: str) -> str:
     """Return the launches of a step by the report of compile_ahead.py that fits, if any.
 
-    Those of a sampling step hardly depend on how many are drawn.
+    It is of the same config and variant and as many devices. Launches of a sampling step hardly
+    depend on how many are drawn.
     """
     for path in sorted((ROOT / "benchmarks" / "gpu").glob("*.json")):
         report = read_json(path)
         program = report.get(what)
         if (
             program
-            and Path(report["config"]).stem == Path(result["config"]).stem
-            and program["target"] in device.lower()
+            and name_of(report["config"]) == name_of(result["config"])
+            and program["chips"] == len(result["machine"]["devices"])
+            and kind_of(program["target"]) in device.lower()
             and (what == "sample" or program["batch_size"] == result["batch_size"])
         ):
             return f"{program['launches']:,}"
     return "not compiled"
+
+
+def name_of(config: str) -> str:
+    """Return the name of a config with its variant, "improved_ddpm:4k_cosine_vlb"."""
+    return Path(config).name.replace(".py", "")
+
+
+def kind_of(target: str) -> str:
+    """Return the kind of GPU of a target: "h100" of "h100:8" and of "2x8xh100"."""
+    return target.partition(":")[0].rpartition("x")[2]
 
 
 def write_table(page: Path, table: str) -> None:
