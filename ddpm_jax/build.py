@@ -183,9 +183,16 @@ def _init(config: Config, network: Network | None, seed: jax.Array) -> Params:
 def denoiser(config: Config, network: Network | None = None) -> Bind:
     """Bind the network to parameters and labels, without dropout, as the maths layer wants it."""
     network = build_network(config) if network is None else network
+    none = config.model.num_classes
 
     def bind(params: Params, labels: jax.Array | None = None) -> Denoiser:
         ready = network.prepare(params)
-        return lambda x_t, t: network.apply(ready, x_t, t, labels, None)
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            of_none = none and labels is None
+            given = jnp.full(t.shape, none, jnp.int32) if of_none else labels
+            return network.apply(ready, x_t, t, given, None)
+
+        return denoise
 
     return bind

@@ -13,10 +13,12 @@ from ddpm_jax.build import (
     build_model,
     build_objective,
     build_process,
+    denoiser,
     image_shape,
     init_params,
 )
 from ddpm_jax.config import validate
+from ddpm_jax.network.adapt import Network
 from tests.support.tiny import tiny_config
 
 
@@ -61,6 +63,19 @@ def test_parameters_start_by_the_seed() -> None:
     assert jax.tree.map(lambda x: x.shape, first) == [
         x.shape for x in jax.tree.leaves(abstract_params(config))
     ]
+
+
+def test_a_network_with_classes_is_told_where_there_is_none() -> None:
+    """By the number of classes, as in training, where a label that was dropped is that number."""
+    config = tiny_config(model={"num_classes": 3, "label_dropout": 0.5})
+
+    def apply(params, x_t, t, labels, dropout):
+        return x_t + labels[:, None, None, None]
+
+    bind = denoiser(config, Network(lambda key: {}, apply))
+    x, t = np.zeros((2, 8, 8, 1), np.float32), np.array([4, 7])
+    for labels, seen in ((None, [3, 3]), (np.array([0, 2]), [0, 2])):
+        np.testing.assert_array_equal(bind({}, labels)(x, t)[:, 0, 0, 0], seen)
 
 
 def test_images_have_the_shape_of_the_config() -> None:

@@ -260,10 +260,19 @@ def check_flags(options: argparse.Namespace) -> None:
     check(
         options.hole is None or len(options.hole) == 4, "--hole: write --hole=TOP,LEFT,HEIGHT,WIDTH"
     )
+    several = "--guidance: of no use with --mode=classes, which has --guidances"
+    check(options.guidance == 1 or options.mode != "classes", several)
     check(
         options.guidance == 1 or options.label is not None,
         f"--guidance={options.guidance}: towards which class? give --label",
     )
+    coded = options.mode == "reconstruction" or (
+        options.mode == "interpolation" and options.mix == "slerp"
+    )
+    for name in ("sampler", "eta", "order"):
+        value = getattr(options, name)
+        own = value is None or value == {"sampler": "ddim", "eta": 0}.get(name)
+        check(own or not coded, f"--{name}={value}: images have codes under ddim alone, with eta 0")
 
 
 def open_job(options: argparse.Namespace) -> Job:

@@ -86,7 +86,9 @@ def inpaint_chain(
     numbers, origins = repaint.visits(table.steps)
     signal = schedule.sqrt_alphas_cumprod[table.timesteps]
     noise = schedule.sqrt_one_minus_alphas_cumprod[table.timesteps]
-    keep = signal[numbers] / signal[origins]
+    # A row that is met where the one before led keeps all, also where a chain ends without signal.
+    keep = np.ones(len(numbers))
+    np.divide(signal[numbers], signal[origins], out=keep, where=numbers != origins)
     columns = {
         "keep": keep,
         "lose": np.sqrt(np.maximum(1 - keep**2, 0)),

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from ddpm_jax.build import Params, build_process, denoiser
-from ddpm_jax.config import Config, override, validate
+from ddpm_jax.config import Config, differences, override, validate
 from ddpm_jax.diffusion.process import Denoiser, q_sample
 from ddpm_jax.distillation.target import SPACING, Halving, student_loss, two_step_target
-from ddpm_jax.errors import WorkdirError, check
+from ddpm_jax.errors import ConfigError, WorkdirError, check
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.data_origin import data_dir_of
 from ddpm_jax.runs.workdir import CONFIG, load_workdir_config
@@ -24,6 +24,9 @@ from ddpm_jax.training.form import TreeForm
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.origin import Origin, look_up, read_record
 from ddpm_jax.training.step import build_train_step
+
+# The outputs of teacher and student are read alike, in one step of training.
+SHARED = ("diffusion.", "model.timestep_scale:", "model.attention_resolutions:")
 
 
 def distill(
@@ -107,7 +110,8 @@ def student_config(teacher: Path, steps: int, overrides: list[str]) -> Config:
     Raises:
       ConfigError: the teacher's process or an override does not serve.
     """
-    config = copy.deepcopy(load_workdir_config(teacher))
+    whole = load_workdir_config(teacher)
+    config = copy.deepcopy(whole)
     config.distillation.steps, config.distillation.teacher = steps, str(teacher.resolve())
     # It is trained at the timesteps of its own steps alone, and without noise on the way.
     sampling = config.sampling
@@ -119,7 +123,11 @@ def student_config(teacher: Path, steps: int, overrides: list[str]) -> Config:
     config.model.dropout = 0.0
     for item in overrides:
         override(config, item)
-    return validate(config)
+    validate(config)
+    other = [line for line in differences(whole, config) if line.startswith(SHARED)]
+    if other:
+        raise ConfigError(f"config.{other[0]}: a student has that of its teacher")
+    return config
 
 
 def build_student_step(

@@ -21,15 +21,17 @@ def inpainting(
     originals: np.ndarray,
     mask: np.ndarray,
     variants: int,
+    first: int = 0,
     label: int | None = None,
 ) -> np.ndarray:
     """Lay out each image with its hole in grey, `variants` ways of filling it, then the image.
 
     Args:
       mask: [h,w,1], 1 where an image is known.
+      first: number of the first sample.
     """
     count = len(originals) * variants
-    numbers, labels = np.arange(count), same_labels(label, count)
+    numbers, labels = first + np.arange(count), same_labels(label, count)
     known = originals.repeat(variants, axis=0), np.broadcast_to(mask, (count, *mask.shape))
     samples = generator.draw(params, seed=seed, indices=numbers, labels=labels, known=known)
     samples = samples.reshape(len(originals), variants, *originals.shape[1:])
@@ -52,6 +54,7 @@ def draw_inpainting(job: Job) -> None:
         originals=originals,
         mask=mask,
         variants=variants,
+        first=options.first,
         label=job.label,
     )
     samples = [str(number) for number in range(1, variants + 1)]

@@ -14,7 +14,7 @@ from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.randomness import sample_keys
 from ddpm_jax.errors import ConfigError, check
 from ddpm_jax.figures.job import Job
-from ddpm_jax.figures.panels import same_labels, start_of
+from ddpm_jax.figures.panels import level_caption, same_labels, start_of
 from ddpm_jax.sampling.generate import Generator
 
 
@@ -182,7 +182,7 @@ def draw_interpolation(job: Job) -> None:
                 rows.append(
                     interpolation(generator, job.trained.params, level=level, **mixing(job, pair))
                 )
-                captions.append(f"t={level}")
+                captions.append(level_caption(generator, level))
     job.save(np.concatenate(rows), rows=captions, columns=between_real(weights))
 
 
@@ -194,7 +194,8 @@ def draw_coarse_to_fine(job: Job) -> None:
     inputs = mixing(job, pair)
     panel = coarse_to_fine(generator, job.trained.params, rows=rows, **inputs)
     timesteps = job.trained.config.diffusion.timesteps
-    captions = [f"t={level}" for level in equal_levels(timesteps, rows)]
+    levels = equal_levels(timesteps, rows)
+    captions = [level_caption(generator, level) for level in levels]
     job.save(panel, rows=captions, columns=between_real(inputs["weights"]))
 
 

@@ -83,6 +83,11 @@ def start_of(generator: Generator, level: int) -> tuple[int, int]:
     return row, int(table.timesteps[row])
 
 
+def level_caption(generator: Generator, level: int) -> str:
+    """Return the caption of a row at `level`: where the chain, which may skip timesteps, has it."""
+    return f"t={start_of(generator, level)[1] + 1 if level else 0}"
+
+
 def same_labels(label: int | None, count: int) -> np.ndarray | None:
     """Return one class for `count` samples, or None where there is none."""
     return None if label is None else np.full(count, label)

@@ -11,7 +11,7 @@ from ddpm_jax.build import Params
 from ddpm_jax.diffusion.chain import initial_noise
 from ddpm_jax.diffusion.randomness import sample_keys
 from ddpm_jax.figures.job import Job
-from ddpm_jax.figures.panels import same_labels, start_of
+from ddpm_jax.figures.panels import level_caption, same_labels, start_of
 from ddpm_jax.sampling.generate import Generator
 
 
@@ -63,5 +63,6 @@ def draw_shared_latents(job: Job) -> None:
         "variants": variants,
     }
     panel = shared_latents(generator, job.trained.params, label=job.label, **inputs)
+    captions = [level_caption(generator, level) for level in levels]
     samples = [str(number) for number in range(1, variants + 1)]
-    job.save(panel, rows=[f"t={level}" for level in levels], columns=["x_t", *samples])
+    job.save(panel, rows=captions, columns=["x_t", *samples])

@@ -125,7 +125,7 @@ def _from_linen(module: nn.Module, shape: tuple[int, int, int], classes: int) ->
     def init(key: jax.Array) -> Params:
         one = jnp.zeros(1, jnp.int32)
         inputs = _inputs(jnp.zeros((1, *shape), jnp.float32), one, one if classes else None)
-        variables = module.init(key, *inputs)
+        variables = module.init(key, *inputs, **({"train": False} if told else {}))
         other = sorted(set(variables) - {"params"})
         check(
             not other,

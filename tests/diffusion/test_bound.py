@@ -122,6 +122,14 @@ def test_clipping_keeps_the_bound_a_bound() -> None:
     assert true < totals[True] < totals[False]
 
 
+@pytest.mark.parametrize("clip, x0_hat", [(True, 1.0), (False, 2.0)])
+def test_distortion_is_of_the_x0_that_the_bound_uses(clip: bool, x0_hat: float) -> None:
+    process, x0 = GaussianDiffusion(made_schedule(20), "x0", "fixed_large"), pixels(2, 8)
+    _, _, columns = run(process, lambda x, t: jnp.full_like(x, 2.0), x0, clip=clip)
+    error = np.mean((x0 - x0_hat) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(columns["squared_error"], error[:, None].repeat(20, 1), rtol=1e-5)
+
+
 def test_strata_partition_the_timesteps() -> None:
     for kind in SCHEDULES:
         made = NoiseSchedule.from_betas(beta_schedule(kind, 300))

@@ -247,6 +247,20 @@ def test_ddim_keeps_the_marginals_of_q(eta: float, spacing: str) -> None:
     assert (s > 0).any() == (eta > 0)
 
 
+@pytest.mark.parametrize("steps", [0, 7])
+def test_names_and_defaults_are_the_tables_that_they_say(steps: int) -> None:
+    """The process has the other variance, so that a name cannot have its own by chance."""
+    for variance, other in (("small", "fixed_large"), ("large", "fixed_small")):
+        process = GaussianDiffusion(LINEAR, variance=other)
+        named = sampler_table(process, f"ancestral_{variance}", steps)
+        own = ancestral_table(GaussianDiffusion(LINEAR, variance=f"fixed_{variance}"), steps)
+        np.testing.assert_array_equal(columns(named), columns(own))
+    for sampler in ("deis", "unipc"):
+        one, two, three = (sampler_table(PROCESS, sampler, 7, order=order) for order in (0, 2, 3))
+        np.testing.assert_array_equal(columns(one), columns(two))
+        assert columns(three).shape[0] == columns(SAMPLERS[sampler](PROCESS, 7)).shape[0] + 1
+
+
 def test_jsd_has_finite_tables() -> None:
     """alphas_cumprod ends at 0: the first half-log-SNR is -infinity."""
     process = GaussianDiffusion(NoiseSchedule.from_betas(beta_schedule("jsd", 20)), "x0")

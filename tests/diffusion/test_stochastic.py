@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion.chain import Update, reverse_chain
+from ddpm_jax.diffusion.chain import Update, initial_noise, reverse_chain
 from ddpm_jax.diffusion.inpainting import Repaint, inpaint_chain
 from ddpm_jax.diffusion.process import GaussianDiffusion
 from ddpm_jax.diffusion.samplers import ancestral_table, ddim_table
@@ -67,7 +67,7 @@ def test_repaint_draws_anew_at_every_visit(known_part: float) -> None:
 
     shape, keys = (16, 8, 8, 1), jax.random.split(jax.random.key(7), 16)
     mask = jnp.full((16, 8, 8, 1), known_part)
-    x_T = jax.random.normal(jax.random.key(8), shape)
+    x_T = initial_noise(keys, shape[1:], steps)
     inpaint_chain(Update(process, table, denoise), x_T, keys, jnp.zeros(shape), mask, repaint)
     jax.effects_barrier()
     order, _ = repaint.visits(steps)

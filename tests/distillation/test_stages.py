@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from ddpm_jax.build import build_process
 from ddpm_jax.config import Config
 from ddpm_jax.distillation import stages
 from ddpm_jax.distillation.stages import check_steps, distill, stage, student_config
@@ -51,6 +55,8 @@ def test_students_are_runs_that_say_of_which_teacher(teacher, student):
         config = load_workdir_config(workdir)
         assert config.distillation.teacher == str(whose.resolve())
         assert (config.distillation.steps, config.sampling.steps) == (steps, steps)
+        assert (config.sampling.sampler, config.sampling.spacing) == ("ddim", "trailing")
+        assert config.model.dropout == 0 < teacher[0].model.dropout
         record = json.loads((workdir / "origin.json").read_text())
         assert record["run"] == str(whose.resolve()) and record["averaged"]
         own = final_state(load_workdir_config(whose), whose).ema["0.9"]
@@ -66,6 +72,37 @@ def test_an_interrupted_student_goes_on_to_the_bit(teacher, student, tmp_path):
     first = stage(student, 4)
     config = load_workdir_config(first)
     assert_bit_equal(final_state(config, tmp_path / "run"), final_state(config, first))
+
+
+@pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one"])
+def test_the_loss_is_that_of_two_steps_of_the_teacher(weighting):
+    """At the noise of the student's step, with the labels. The teacher sees a tenth of the class."""
+    process = {"timesteps": 20, "schedule": "cosine", "prediction": "x0"}
+    config = tiny_config(diffusion=process, model={"num_classes": 10})
+    config.distillation.steps, config.distillation.weighting = 5, weighting
+    ab = build_process(config).schedule.alphas_cumprod[3::4]  # of the timesteps it ever sees
+    rng = np.random.default_rng(0)
+    x0, eps = rng.normal(size=(2, 5, 8, 8, 1)).astype(np.float32)
+    labels, seen = np.arange(5), {}
+
+    def bind(params, labels):
+        x0_hat = params * labels[:, None, None, None].astype(jnp.float32)
+        return lambda x, t: jnp.broadcast_to(x0_hat, x.shape)
+
+    def student(z, t):
+        seen.update(z=np.asarray(z), t=np.asarray(t))
+        return jnp.zeros_like(z)
+
+    with mock.patch.object(stages, "denoiser", lambda config: bind):
+        loss = stages.student_objective(config)
+        steps = np.arange(5)
+        got = loss(student, x0, steps, eps, jnp.asarray(labels), jnp.float32(0.3))["loss"]
+    np.testing.assert_array_equal(seen["t"], [3, 7, 11, 15, 19])
+    a, s = (np.sqrt(v)[:, None, None, None] for v in (ab, 1 - ab))
+    np.testing.assert_allclose(seen["z"], a * x0 + s * eps, atol=1e-5)
+    target, ratio = np.minimum(0.3 * labels, 1), ab / (1 - ab)  # its sampler clips
+    weight = {"truncated_snr": np.maximum(ratio, 1), "snr_plus_one": ratio + 1}[weighting]
+    np.testing.assert_allclose(got, weight * target**2, rtol=2e-4, atol=1e-9)
 
 
 def test_the_data_is_where_the_teacher_had_it(teacher, tmp_path, monkeypatch):
@@ -102,5 +139,12 @@ def test_what_cannot_be_distilled_is_refused(teacher, student, tmp_path):
         student_config(teacher[1], 11, [])
     with pytest.raises(WorkdirError, match="teacher=.*none: not a run directory"):
         halve(tmp_path / "none", tmp_path / "run", [2])
+    for field, said in (
+        ("diffusion.prediction=x0", "prediction: 'v' -> 'x0'"),
+        ("diffusion.schedule=linear", "schedule: 'cosine' -> 'linear'"),
+        ("model.timestep_scale=4", "timestep_scale: 1.0 -> 4.0"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}: a student has that of its teacher"):
+            student_config(teacher[1], 4, [field])
     with pytest.raises(ConfigError, match="prediction=mu: a student predicts x0, v or eps"):
         student_config(teacher[1], 4, ["diffusion.prediction=mu"])

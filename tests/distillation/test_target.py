@@ -72,6 +72,18 @@ def test_the_target_is_the_closed_form_of_gaussian_data(prediction, steps):
         )
 
 
+@pytest.mark.parametrize("clip, x0", [(True, 1.0), (False, 3.0)])
+def test_the_teachers_x0_is_clipped_as_its_sampler_does(clip, x0):
+    """A teacher that sees 3 everywhere walks the straight line to what is left of it."""
+    process = GaussianDiffusion(schedule(), "x0")
+    halving = Halving.of(process.schedule, 4)
+    z = jnp.asarray(np.random.default_rng(3).normal(size=(4, 2, 2, 1)))
+    target = two_step_target(
+        process, halving, lambda x, t: jnp.full_like(x, 3.0), z, jnp.arange(4), clip=clip
+    )
+    np.testing.assert_allclose(target, x0, rtol=1e-9)
+
+
 def test_a_perfect_student_samples_what_its_teacher_samples():
     """The chain of S steps with the targets as its x0 is the teacher's chain of 2S steps."""
     steps, process = 5, GaussianDiffusion(schedule(), "x0")

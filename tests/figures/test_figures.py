@@ -18,7 +18,7 @@ from ddpm_jax.build import build_process
 from ddpm_jax.cli import sample as sample_script
 from ddpm_jax.config import Config, to_dict
 from ddpm_jax.data.source import ArraySource
-from ddpm_jax.diffusion.chain import Update
+from ddpm_jax.diffusion.chain import Update, forward_noise, noise_at
 from ddpm_jax.diffusion.inpainting import Repaint, inpaint_chain
 from ddpm_jax.diffusion.process import GaussianDiffusion
 from ddpm_jax.diffusion.samplers import ancestral_table
@@ -27,6 +27,7 @@ from ddpm_jax.errors import ConfigError, DataError, ShardError, UserError
 from ddpm_jax.figures import interpolation, panels
 from ddpm_jax.figures.films import denoising
 from ddpm_jax.figures.inpainting import inpainting
+from ddpm_jax.figures.job import Job
 from ddpm_jax.figures.neighbours import nearest, neighbours
 from ddpm_jax.figures.originals import hole, images_from, images_of, mask_from
 from ddpm_jax.figures.panels import start_of
@@ -192,6 +193,14 @@ def test_forward_noise_is_one_draw_for_all_weights_and_rows(monkeypatch):
         assert 0.7 < noises.std() < 1.3
 
 
+def test_forward_noise_is_apart_from_every_noise_of_the_chain():
+    keys = jax.random.split(jax.random.key(0), 1)
+    chain = [np.asarray(noise_at(keys, t, (4,))) for t in range(T + 1)]
+    forward = [np.asarray(forward_noise(keys, (4,), T, number)) for number in (0, 1)]
+    draws = np.concatenate(chain + forward)
+    assert len(np.unique(draws, axis=0)) == T + 3
+
+
 def test_slerp_keeps_the_norm_and_ends_at_its_ends():
     one, other = np.random.default_rng(1).normal(size=(2, 8, 8, 1))
     other *= np.linalg.norm(one) / np.linalg.norm(other)
@@ -243,6 +252,17 @@ def test_shared_latents_branch_off_one_way_down():
         PARAMS, seed=2, indices=np.array([5]), x=panel[1, :1], span=(start, np.full(1, T))
     )
     np.testing.assert_allclose(rest, parent, atol=1e-5)
+    # Variant j has the noise of the sample j + 1 numbers on, in every row.
+    for row, level in enumerate(levels):
+        start = np.full(3, made.sampler.table.row_at(level - 1))
+        others = made.draw(
+            PARAMS,
+            seed=2,
+            indices=np.array([6, 7, 8]),
+            x=panel[row, :1].repeat(3, axis=0),
+            span=(start, np.full(3, T)),
+        )
+        np.testing.assert_allclose(panel[row, 1:], others, atol=1e-5)
 
 
 def test_films_start_at_noise_and_end_at_the_samples():
@@ -606,6 +626,64 @@ def test_every_mode_draws_its_panel(command, flags, rows, columns):
     assert command(*flags).shape == (10 * rows - 2, 10 * columns - 2, 1)
 
 
+def test_captions_are_the_levels_that_a_strided_chain_visits(command, monkeypatch):
+    """Of 20 timesteps in four steps: x_t of 20, 14, 7 and 1."""
+    captions = []
+    monkeypatch.setattr(
+        Job, "save", lambda job, panel, *, rows=(), columns=(): captions.append(rows)
+    )
+    for flags in (
+        ["--mode=shared_latents", "--num_images=1", "--levels=20,16,5"],
+        ["--mode=interpolation", "--indices=0,1", "--points=2", "--levels=20,16,5"],
+        ["--mode=coarse_to_fine", "--indices=0,1", "--points=2", "--rows=3"],
+    ):
+        with pytest.raises(UserError, match="no such file"):  # nothing was saved
+            command(*flags, "--steps=4")
+    assert captions == [["t=20", "t=14", "t=7"], ["t=20", "t=14", "t=7"], ["t=0", "t=7", "t=20"]]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mode=progressive", "--num_images=2", "--frames=3"],
+        ["--mode=shared_latents", "--num_images=2", "--levels=20,5"],
+        ["--mode=interpolation", "--indices=0,1", "--points=2", "--steps=5"],
+        ["--mode=interpolation", "--indices=0,1", "--points=2", "--steps=5", "--mix=slerp"],
+        ["--mode=coarse_to_fine", "--indices=0,1", "--points=2", "--rows=2", "--steps=5"],
+        ["--mode=inpaint", "--indices=4", "--num_images=2", "--steps=5"],
+        ["--mode=reconstruction", "--indices=0", "--steps=5"],
+        ["--mode=neighbours", "--num_images=2", "--columns=1", "--steps=5"],
+    ],
+    ids=lambda flags: flags[0].partition("=")[2] + "-slerp" * ("--mix=slerp" in flags),
+)
+def test_the_label_reaches_every_chain_of_a_figure(command, monkeypatch, flags):
+    labels, draw = [], Generator.draw
+
+    def spy(made, params, **batch):
+        labels.append(batch.get("labels"))
+        return draw(made, params, **batch)
+
+    monkeypatch.setattr(Generator, "draw", spy)
+    command(*flags, "--label=5", model={"num_classes": 10, "label_dropout": 0.1})
+    assert labels and all(given is not None and set(given.tolist()) == {5} for given in labels)
+
+
+def test_options_of_inpainting_reach_the_chain(command, monkeypatch):
+    """The hole is the middle of the image by default, and the samples have their numbers."""
+    seen, draw = [], Generator.draw
+
+    def spy(made, params, **batch):
+        seen.append((made.sampler.repaint, batch["indices"].tolist(), batch["known"][1][0]))
+        return draw(made, params, **batch)
+
+    monkeypatch.setattr(Generator, "draw", spy)
+    flags = ["--mode=inpaint", "--indices=4", "--num_images=2", "--steps=5", "--first=7"]
+    command(*flags, "--resample=3", "--jump=2")
+    ((repaint, numbers, mask),) = seen
+    assert (repaint, numbers) == (Repaint(resample=3, jump=2), [7, 8])
+    np.testing.assert_array_equal(mask, hole((8, 8), (2, 2, 4, 4)))
+
+
 def test_films_have_their_frames_and_a_rest(command):
     for suffix in (".gif", ".webp"):
         with Image.open(
@@ -740,6 +818,15 @@ def test_source_images_are_checked(tmp_path: Path):
         (["--output=a.png", "--guidance=2"], "towards which class? give --label"),
         (["--output=a.png", "--hole=1,2"], "--hole: write --hole=TOP,LEFT,HEIGHT,WIDTH"),
         (["--output=a.png", "--frames=0"], "--frames=0: must be at least 1"),
+        (["--output=a.png", "--mode=classes", "--guidance=2"], "of no use with --mode=classes"),
+        (
+            ["--output=a.png", "--mode=reconstruction", "--sampler=unipc"],
+            "--sampler=unipc: images have codes under ddim alone",
+        ),
+        (
+            ["--output=a.png", "--mode=interpolation", "--mix=slerp", "--eta=0.5"],
+            "--eta=0.5: images have codes under ddim alone",
+        ),
     ],
 )
 def test_flags_are_checked_before_the_run_is_opened(flags, said):

@@ -26,6 +26,25 @@ class Linen(nn.Module):
         return nn.Dropout(self.rate, deterministic=not train)(nn.Dense(1)(x))
 
 
+class Told(nn.Module):
+    """One that has to be told whether it is trained."""
+
+    @nn.compact
+    def __call__(self, x, t, train):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(1)(x))
+
+
+class TwoStreams(nnx.Module):
+    """Noise from two random streams of its own: their difference."""
+
+    def __init__(self, rngs):
+        self.streams = nnx.List([nnx.Rngs(params=0).params, nnx.Rngs(params=0).params])
+
+    def __call__(self, x, t):
+        one, other = (jax.random.normal(stream(), x.shape) for stream in self.streams)
+        return one - other
+
+
 class WithClasses(nn.Module):
     @nn.compact
     def __call__(self, x, t, labels):
@@ -85,7 +104,13 @@ def test_nnx_starts_from_its_own_parameters():
     np.testing.assert_allclose(changed, 4 * module(X, T), rtol=1e-5)  # its biases are 0
 
 
-@pytest.mark.parametrize("module", [Linen(rate=0.5), Nnx(nnx.Rngs(0), rate=0.5)])
+def test_random_streams_of_a_module_are_apart():
+    network = adapt(TwoStreams(nnx.Rngs(0)), SHAPE, 0)
+    difference = network.apply(network.init(jax.random.key(0)), X, T, None, DROPOUT)
+    assert np.std(difference) > 0.5
+
+
+@pytest.mark.parametrize("module", [Linen(rate=0.5), Told(), Nnx(nnx.Rngs(0), rate=0.5)])
 def test_dropout_is_of_training_and_of_the_step(module):
     network = adapt(module, SHAPE, 0)
     params = network.init(jax.random.key(0))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, validate
+from ddpm_jax.diffusion.inpainting import Repaint
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.parallel.devices import Devices
@@ -85,6 +86,65 @@ def test_the_steps_of_a_chain_are_those_that_its_sampler_takes(
     assert build_sampler(config, inverted=True).steps == count
     with pytest.raises(ConfigError, match="spacing=sections:2,3 has 5; leave steps at 0"):
         chain_steps(config_with(steps=4, spacing="sections:2,3"))
+
+
+@pytest.mark.parametrize(
+    "clip, rederive, percentile", [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 0.9)]
+)
+def test_limits_of_the_config_reach_every_chain(
+    clip: int, rederive: int, percentile: float
+) -> None:
+    """The samples, their films and the filling of holes: one row by hand, from an x0_hat past 1.
+
+    A known part and its frames are those of the same row.
+    """
+    config = config_with(
+        sampler="ddim",
+        steps=2,
+        clip=bool(clip),
+        rederive_eps=bool(rederive),
+        dynamic_threshold=percentile,
+    )
+    keys, shape = jax.random.split(jax.random.key(0), 2), (2, 4, 4, 1)
+    x_T = np.asarray(jax.random.normal(jax.random.key(1), shape), np.float64)
+    x0 = np.linspace(0.5, 3, 32).reshape(shape)
+    at = SIGNAL2[T - 1], SIGNAL2[0]
+    eps = (x_T - np.sqrt(at[0]) * x0) / np.sqrt(1 - at[0])
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        """Give this x0_hat at the first row, and the state itself as x0_hat at the last."""
+        last = jnp.asarray(t == 0)[:, None, None, None]
+        level = jnp.asarray(SIGNAL2, jnp.float32)[t][:, None, None, None]
+        state = (x - jnp.sqrt(level) * x / 4) / jnp.sqrt(1 - level)
+        return jnp.where(last, state, jnp.asarray(eps, jnp.float32))
+
+    s = np.quantile(x0, percentile, axis=(1, 2, 3), keepdims=True) if percentile else 1.0
+    limited = np.clip(x0, -s, s) / s if clip else x0
+    again = (x_T - np.sqrt(at[0]) * limited) / np.sqrt(1 - at[0]) if rederive else eps
+    x_1 = np.sqrt(at[1]) * limited + np.sqrt(1 - at[1]) * again
+    top = np.quantile(np.abs(x_1 / 4), percentile, axis=(1, 2, 3), keepdims=True)
+    top = np.maximum(top, 1) if percentile else 1.0
+    expected = np.clip(x_1 / 4, -top, top) / top if clip else x_1 / 4
+    chain = denoise, jnp.asarray(x_T, jnp.float32), keys
+    whole = build_sampler(config)(*chain, {})
+    np.testing.assert_allclose(whole, expected, atol=2e-4)
+    film = build_sampler(config, record="x_t", num_frames=3)(*chain, {})
+    np.testing.assert_allclose(film[:, 1], x_1, atol=2e-4)
+    nothing = {"known": jnp.zeros(shape), "mask": jnp.zeros((2, 4, 4, 1))}
+    filled = build_sampler(config, repaint=Repaint(1, 1))(*chain, nothing)
+    np.testing.assert_allclose(filled, expected, atol=2e-4)
+
+
+def test_holes_are_filled_where_a_chain_ends_without_signal() -> None:
+    """The schedule jsd: x_T is noise alone, and the first visit keeps all of it."""
+    config = tiny_config(diffusion={"timesteps": T, "schedule": "jsd", "prediction": "x0"})
+    shape, keys = (2, *SHAPE), jax.random.split(jax.random.key(0), 2)
+    batch = {"known": jnp.full(shape, 0.5), "mask": jnp.zeros((2, *SHAPE[:2], 1))}
+    for repaint in (Repaint(1, 1), Repaint(3, 2), Repaint(2, T - 1)):
+        sampler = build_sampler(config, repaint=repaint)
+        x_T = jax.random.normal(keys[0], shape)
+        filled = sampler(lambda x, t: jnp.full_like(x, 0.25), x_T, keys, batch)
+        np.testing.assert_allclose(filled, 0.25, atol=1e-5)
 
 
 def test_classes_reach_the_network() -> None:
