@@ -116,12 +116,16 @@ def _less_memory() -> str:
 
 
 def _again(step: int) -> str:
-    """Return this command with another --step."""
+    """Return this command with another --step.
+
+    A training goes back to that step whenever it is given it, which is said behind it.
+    """
     rest = [item for item in sys.argv[1:] if not item.startswith("--step=")]
     if "--step" in rest:
         at = rest.index("--step")
         del rest[at : at + 2]
-    return shlex.join([*flags.start(), *rest, f"--step={step}"])
+    once = " # once: then leave --step out" if "from" in flags.NAMES else ""
+    return shlex.join([*flags.start(), *rest, f"--step={step}"]) + once
 
 
 def complain(message: str) -> int:

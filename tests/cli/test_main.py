@@ -131,16 +131,22 @@ def test_help_shows_the_command_as_it_was_started(as_ddpm, capsys):
     assert "scripts/" not in text
 
 
-def test_remedies_repeat_the_command_as_it_was_started(as_ddpm, monkeypatch, capsys):
+@pytest.mark.parametrize("command, once", [(train, " # once: then leave --step out"), (sample, "")])
+def test_remedies_repeat_the_command_as_it_was_started(as_ddpm, monkeypatch, capsys, command, once):
+    """A training that is given --step again goes back again, and loses what it did since."""
+
     def damaged() -> None:
         error = ConfigError("damaged, go on with")
         error.step = 3
         raise error
 
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ddpm", "--workdir=x", "--step", "5"])
-    as_ddpm("ddpm", "train")
+    as_ddpm("ddpm", "command")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
     assert run.outcome(damaged) == 1
-    assert capsys.readouterr().err.endswith("go on with: ddpm train --workdir=x --step=3\n")
+    said = capsys.readouterr().err
+    assert said.endswith(f"go on with: ddpm command --workdir=x --step=3{once}\n")
 
 
 # -------------------------------------------------------------------------------------- paths
