@@ -190,6 +190,11 @@ def options_of(parsed: argparse.Namespace, overrides: list[str]) -> EvaluationOp
     values["clip"] = CLIP[values["clip"]]
     if values["config"] is not None:
         values["config"] = load_config(values["config"], overrides)
+    elif overrides:
+        raise EvaluationError(
+            f"--config.{overrides[0]}: of no use without --config: a run has its own, and --steps, "
+            "--sampler and other flags of the samples say otherwise"
+        )
     return EvaluationOptions(**values)
 
 

@@ -124,8 +124,15 @@ class EvaluationOptions:
             run is None or self.config is None,
             "config: of no use with workdir, which has its own",
         )
+        for name in ("pixels", "audit"):
+            check(
+                name not in self.metrics or len(self.draws) == 1,
+                f"seeds: {name} is of one draw: measure it by itself, with seed=S",
+            )
         if self.samples is not None:
+            unset = {"seeds": (), "guidance": 1.0}
             for name in (
+                "seeds",
                 "sampler",
                 "steps",
                 "spacing",
@@ -133,9 +140,10 @@ class EvaluationOptions:
                 "order",
                 "dynamic_threshold",
                 "label",
+                "guidance",
             ):
                 check(
-                    getattr(self, name) is None,
+                    getattr(self, name) == unset.get(name),
                     f"{name}: of no use with samples, which are drawn already",
                 )
 

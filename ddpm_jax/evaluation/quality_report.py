@@ -25,7 +25,10 @@ class Number:
 
 
 def over_seeds(runs: Sequence[Sequence[Number]]) -> list[Number]:
-    """Average each number over several draws of samples, with their deviation and all values."""
+    """Average each number over several draws of samples, with their deviation and all values.
+
+    Standard errors are left out: they are of single draws, and the deviation has what they tell.
+    """
     if len(runs) == 1:
         return list(runs[0])
     merged = []
@@ -34,6 +37,7 @@ def over_seeds(runs: Sequence[Sequence[Number]]) -> list[Number]:
         extra = {
             name: float(np.mean([number.extra[name] for number in numbers]))
             for name in numbers[0].extra
+            if not name.endswith("standard_error")
         }
         extra |= {"seed_deviation": float(np.std(values, ddof=1)), "seed_values": values}
         merged.append(Number(numbers[0].metric, float(np.mean(values)), extra))
@@ -54,11 +58,10 @@ def format_numbers(numbers: Sequence[Number], count: int) -> str:
                 line += f"  +- {extra[name]:.3g} ({title})"
         lines.append(line)
         if "infinity" in extra:
-            error = extra["infinity_standard_error"]
-            lines.append(
-                f"{'  at infinite N':16}{extra['infinity']:12.5g}"
-                f"  +- {error:.3g} (standard error of the fit)"
-            )
+            line = f"{'  at infinite N':16}{extra['infinity']:12.5g}"
+            if "infinity_standard_error" in extra:
+                line += f"  +- {extra['infinity_standard_error']:.3g} (standard error of the fit)"
+            lines.append(line)
     biased = [number.metric for number in numbers if "FID" in number.metric]
     if biased and count < CUSTOM:
         lines.append(

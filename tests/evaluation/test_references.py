@@ -287,7 +287,10 @@ def test_names_say_what_a_number_is_not() -> None:
 
 
 def test_several_seeds_give_mean_and_deviation() -> None:
-    runs = [[Number("FID", value, {"infinity": value - 1})] for value in (3.0, 4.0, 8.0)]
+    runs = [
+        [Number("FID", value, {"infinity": value - 1, "infinity_standard_error": 0.1})]
+        for value in (3.0, 4.0, 8.0)
+    ]
     (number,) = over_seeds(runs)
     assert (
         number.value == 5
@@ -296,6 +299,16 @@ def test_several_seeds_give_mean_and_deviation() -> None:
     )
     assert number.extra["seed_deviation"] == pytest.approx(np.std([3, 4, 8], ddof=1))
     assert over_seeds(runs[:1]) == runs[0]
+
+
+def test_errors_of_single_draws_are_not_shown_beside_their_mean() -> None:
+    """They would be too large by the root of the number of draws."""
+    extra = {"infinity": 1.0, "infinity_standard_error": 0.1, "standard_error": 0.2}
+    one = [Number("FID", 3.0, extra)]
+    (number,) = over_seeds([one, one])
+    assert set(number.extra) == {"infinity", "seed_deviation", "seed_values"}
+    assert "standard error" not in format_numbers([number], 50_000)
+    assert format_numbers(one, 50_000).count("standard error") == 2
 
 
 def test_numbers_do_not_depend_on_order_batches_or_devices(
@@ -349,14 +362,10 @@ def evaluate(workdir: Path, inception: Path, tmp_path_factory: pytest.TempPathFa
 def test_script_scores_a_run_and_notes_the_protocol(
     evaluate, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--metrics=fid,kid,prdc,audit",
-        "--features=64",
-        "--num_images=40",
-        "--reference_images=40",
-        "--seeds=0,1",
-    ]
+    common = ["--features=64", "--num_images=40", "--reference_images=40"]
+    flags = ["--metrics=fid,kid,prdc", "--seeds=0,1", *common]
     evaluate(*flags)
+    evaluate("--metrics=audit", *common)  # of one draw
     printed = capsys.readouterr().out
     records = {record["metric"]: record for record in read_evaluations(workdir)}
     expected = [
@@ -435,7 +444,7 @@ def test_samples_are_of_each_seed_and_of_the_classes_in_turn(tmp_path: Path, mon
             return np.zeros((len(indices), 8, 8, 1), np.float32)
 
     monkeypatch.setattr(inputs, "build_generator", lambda *args, **options: Generator())
-    common = {"metrics": ("pixels",), "workdir": tmp_path / "run", "num_images": 5}
+    common = {"metrics": ("fid",), "workdir": tmp_path / "run", "num_images": 5}
     for more in ({"seeds": (7, 8)}, {"seed": 9, "label": (3, 1)}):
         options = EvaluationOptions(**common, **more)
         assert len(inputs.Inputs(options, Devices(jax.devices()[:1])).samples) == len(options.draws)
@@ -527,6 +536,14 @@ def test_script_builds_the_reference_of_a_split(evaluate, tmp_path: Path) -> Non
         (
             ["--metrics=fid", "--sampler=ddim", "--samples=x.npz"],
             "sampler: of no use with samples",
+        ),
+        (["--metrics=fid", "--seeds=0,1", "--samples=x.npz"], "seeds: of no use with samples"),
+        (["--metrics=fid", "--guidance=3", "--samples=x.npz"], "guidance: of no use with samples"),
+        (["--metrics=pixels", "--seeds=0,1"], "seeds: pixels is of one draw"),
+        (["--metrics=kid,audit", "--seeds=0,1"], "seeds: audit is of one draw"),
+        (
+            ["--metrics=fid", "--config.sampling.steps=50"],
+            "--config.sampling.steps=50: of no use without --config: .* --steps, --sampler",
         ),
         (["--metrics=fid", "--steps=99"], "steps"),
         (["--metrics=fid", "--label=1"], "label=1: this run has no classes"),
