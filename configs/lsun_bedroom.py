@@ -1,8 +1,10 @@
 """LSUN Bedroom at 256x256, unconditional, as in Ho et al. 2020: Table 3.
 
-Command:   python scripts/prepare_data.py --dataset=lsun/bedroom --data_dir=data
-           (with the extra tensorflow and tensorflow-io; or its images as --dataset=folder)
-           python scripts/train.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom
+Command:   python scripts/prepare_data.py --dataset=folder --source=FOLDER --data_dir=data \
+               --name=bedroom256 --crop=center --image_size=256
+           (FOLDER has its images, exported from the lmdb that it is published as)
+           python scripts/train.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom \
+               --config.data.name=bedroom256
 Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
            2.2 steps/s on a TPU v3-8
 Expect:    FID 6.36 (50,000 samples) after 2,400,000 steps; no flips, the one set that the paper

@@ -1,8 +1,10 @@
 """LSUN Church at 256x256, unconditional, as in Ho et al. 2020: Table 3.
 
-Command:   python scripts/prepare_data.py --dataset=lsun/church_outdoor --data_dir=data
-           (with the extra tensorflow and tensorflow-io; or its images as --dataset=folder)
-           python scripts/train.py --config=configs/lsun_church.py --workdir=runs/lsun_church
+Command:   python scripts/prepare_data.py --dataset=folder --source=FOLDER --data_dir=data \
+               --name=church256 --crop=center --image_size=256
+           (FOLDER has its images, exported from the lmdb that it is published as)
+           python scripts/train.py --config=configs/lsun_church.py --workdir=runs/lsun_church \
+               --config.data.name=church256
 Hardware:  a TPU v3-8 and larger, or several GPUs that divide the batch of 64; the paper measured
            2.2 steps/s on a TPU v3-8
 Expect:    FID 7.89 (50,000 samples) after 1,200,000 steps

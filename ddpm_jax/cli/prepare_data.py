@@ -1,9 +1,9 @@
 """Prepare a data set for training: from its publisher, or from an archive or folder on disk.
 
 Sets: cifar10, mnist, fashion_mnist; celeb_a from --source, the folder with img_align_celeba and
-list_eval_partition.txt (docs/celeba.md); celeb_a_hq/256, lsun/bedroom and their kin, which need
-TensorFlow once, as celeb_a does without --source; and folder, any folder of images, cropped and
-shrunk into a set called --name. Digits need no preparing.
+list_eval_partition.txt (docs/celeba.md); celeb_a_hq/256 and its kin, which need TensorFlow once,
+as celeb_a does without --source; and folder, any folder of images, cropped and shrunk into a set
+called --name. LSUN's images, exported from its lmdb, are such a folder. Digits need no preparing.
 """
 
 from pathlib import Path

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,14 @@ def write(builder: Any, manual_dir: Path | None = None) -> None:
 
 def write_stock(dataset: str, data_dir: Path, source: str | Path | None) -> None:
     """Prepare a set with its stock builder, from what TFDS downloads or finds beside `source`."""
-    needs = ["tensorflow", "tensorflow_io"] if dataset.startswith("lsun") else ["tensorflow"]
-    missing = [package for package in needs if importlib.util.find_spec(package) is None]
-    if missing:
-        packages = "'ddpm_jax[tensorflow]'"
-        packages += " tensorflow-io" if "tensorflow_io" in missing else ""
+    if dataset.startswith("lsun"):
+        _check_lmdb(dataset)
+    if importlib.util.find_spec("tensorflow") is None:
         other = "or prepare its images with dataset=folder"
         if dataset == "celeb_a":
             other = "or give source, the folder with img_align_celeba and list_eval_partition.txt"
         raise DataError(
-            f"preparing {dataset} takes {' and '.join(missing)}, once: pip install {packages}, "
+            f"preparing {dataset} takes tensorflow, once: pip install 'ddpm_jax[tensorflow]', "
             f"{other}"
         )
     manual_dir = None
@@ -155,6 +154,27 @@ def write_stock(dataset: str, data_dir: Path, source: str | Path | None) -> None
         raise
     except (AssertionError, ValueError, ImportError, tfds.download.DownloadError) as error:
         raise DataError(f"TFDS cannot prepare {dataset}: {error}") from error
+
+
+def _check_lmdb(dataset: str) -> None:
+    """Check that tensorflow_io can read an lmdb, before TFDS downloads one.
+
+    One built for another TensorFlow is imported with warnings alone, and fails when it is used.
+
+    Raises:
+      DataError: it cannot, or is not there.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from tensorflow_io.python.ops import core_ops
+
+            _ = core_ops.io_lmdb_readable_init  # loads the library
+    except (ImportError, NotImplementedError, AttributeError) as error:
+        raise DataError(
+            f"{dataset} is published as an lmdb, which takes a tensorflow_io that fits the "
+            "TensorFlow here: export its images, and prepare them with dataset=folder"
+        ) from error
 
 
 def _without_bucket(stock: type) -> type:

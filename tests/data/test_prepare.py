@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -711,10 +712,29 @@ def test_name_without_its_configuration(tmp_path):
     importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed"
 )
 def test_sets_that_need_tensorflow_say_what_to_install(tmp_path):
-    for dataset in ("celeb_a", "celeb_a_hq/256", "lsun/bedroom"):
+    for dataset in ("celeb_a", "celeb_a_hq/256"):
         with pytest.raises(DataError, match=r"pip install 'ddpm_jax\[tensorflow\]'") as caught:
             prepare.prepare(dataset, tmp_path)
         one_line(caught)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_lsun_is_refused_before_it_is_downloaded(tmp_path, monkeypatch, there):
+    """tensorflow_io is missing, or built for another TensorFlow, which shows when it is used."""
+
+    def __getattr__(name: str):
+        raise NotImplementedError("unable to open file: libtensorflow_io.so")
+
+    names = ("tensorflow_io", "tensorflow_io.python", "tensorflow_io.python.ops")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[-1]].core_ops = types.ModuleType("core_ops")
+    modules[names[-1]].core_ops.__getattr__ = __getattr__
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module if there else None)
+    monkeypatch.setattr(builders, "stock_builder", pytest.fail)
+    with pytest.raises(DataError, match="lsun/bedroom is published as an lmdb") as caught:
+        prepare.prepare("lsun/bedroom", tmp_path)
+    assert one_line(caught).endswith("export its images, and prepare them with dataset=folder")
 
 
 @pytest.mark.interop
