@@ -2,23 +2,27 @@
 
     python examples/fid_by_steps.py runs/faces --output=fid.png --students runs/faces_4
 
-Every number is a line of evaluations.jsonl in its run; what was measured of the newest step, of as
-many samples and real images, is not measured again. Students (`ddpm distill`) are drawn in their
-own steps.
+Every number is a line of evaluations.jsonl in its run; what was measured of the newest step's
+average, with the same settings, seed, samples and real images, is not measured again. Students
+(`ddpm distill`) are drawn as their own config says.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 import ddpm_jax as ddpm
+from ddpm_jax.config import SamplingConfig
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.quality import full_name
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.evaluations import read_evaluations
-from ddpm_jax.runs.workdir import load_workdir_config
+from ddpm_jax.runs.workdir import imported_weights, load_workdir_config
+from ddpm_jax.sampling.sampler import chain_steps, with_sampling
+from ddpm_jax.training.state import ema_name
 
 SAMPLERS = {
     "ancestral": {"sampler": "ancestral", "spacing": "linspace"},
@@ -35,22 +39,34 @@ SAMPLERS = {
 
 def fid(run, options, **sampling):
     """Return the FID of `run` with these fields of the sampler, measured or looked up."""
-    wanted = {"step": Checkpoints.reading(run).steps()[-1]}
+    config = with_sampling(load_workdir_config(run), **sampling)
+    classes = config.model.num_classes
+    drawn = dataclasses.asdict(config.sampling) | {"steps": chain_steps(config)}
+    wanted = {"step": Checkpoints.reading(run).steps()[-1], "resize": "tf"}
     wanted |= {"metric": full_name("FID", options["features"]), "num_images": options["num_images"]}
-    count = options["reference_images"]
+    of_samples = {"seeds": [0], "guidance": 1.0}
+    of_samples |= {"labels": list(range(classes)) if classes else None}
+    averages = f"ema {ema_name(config.train.ema_decays[0])}", imported_weights(run, "ema")
     for record in read_evaluations(run):
-        drawn = record.get("samples", {}).get("sampling", {})
-        real = record.get("reference", {})
-        seen = real.get("provenance", {}).get("count", 0)
-        whole = real.get("whole") and (count is None or seen < count)
+        samples = record.get("samples", {})
         if (
-            (whole or seen == count)
-            and sampling.items() <= drawn.items()
-            and wanted.items() <= record.items()
+            wanted.items() <= record.items()
+            and record["weights"] in averages
+            and all(samples.get(name) == value for name, value in of_samples.items())
+            and dataclasses.asdict(SamplingConfig()) | samples["sampling"] == drawn
+            and of_train(record["reference"], options["reference_images"])
         ):
             return record["value"]
     measure = EvaluationOptions(metrics=("fid",), workdir=run, **options, **sampling)
     return evaluate(measure)[0]["value"]
+
+
+def of_train(reference, count):
+    """Return whether a record's reference is so many images of the train split, None for all."""
+    about = reference["provenance"]
+    seen = about.get("count", 0)
+    enough = seen == count or reference["whole"] and (count is None or seen < count)
+    return enough and about.get("images", {}).get("split") == "train"
 
 
 def main():
@@ -72,14 +88,16 @@ def main():
     curves = {name: [] for name in options.pop("samplers")}
     for count in counts:  # the short chains first, of all samplers
         for name, curve in curves.items():
-            curve.append(fid(run, options, steps=count, **SAMPLERS[name]))
+            # What belongs to other samplers may stand in the run's config.
+            row = {"eta": 0.0, "order": 0} | SAMPLERS[name]
+            curve.append(fid(run, options, steps=count, **row))
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         print(f"| {name} |", " | ".join(f"{value:.3f}" for value in curve), "|")
         ax.plot(counts, curve, marker=".", label=name)
     for student in students:
         own = load_workdir_config(student).sampling
-        value = fid(student, options, sampler=own.sampler, steps=own.steps, spacing=own.spacing)
+        value = fid(student, options)
         print(f"| student, {own.steps} steps | {value:.3f} |")
         ax.plot(own.steps, value, "k*", label="student" * (student == students[0]))
     ax.set(xscale="log", yscale="log", xlabel="steps", ylabel=full_name("FID", options["features"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -63,13 +64,13 @@ def test_data_of_ones_own_train(tmp_path, monkeypatch):
     np.testing.assert_array_equal(picture[: len(shown)], shown)
 
 
-def teacher_and_student(folder: Path) -> list[Path]:
+def teacher_and_student(folder: Path, **sampling: object) -> list[Path]:
     """Save two networks that sample in two steps."""
     runs = [folder / "run", folder / "student"]
     for seed, run in enumerate(runs):
         config = tiny_config(
             diffusion={"timesteps": 60},
-            sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"},
+            sampling={"sampler": "ddim", "steps": 2, "spacing": "trailing"} | sampling,
         )
         config.seed = seed
         claim_workdir(run, config)
@@ -78,11 +79,38 @@ def teacher_and_student(folder: Path) -> list[Path]:
     return runs
 
 
+def lines(run: Path) -> list[bytes]:
+    return (run / "evaluations.jsonl").read_bytes().splitlines()
+
+
+def with_strangers_first(run: Path) -> None:
+    """Put records of other settings before those of a run: none of them is what a row asks for."""
+    strangers = []
+    for record in read_evaluations(run):
+        samples, reference = record["samples"], record["reference"]
+        sampling, provenance = samples["sampling"], reference["provenance"]
+        others = [{"weights": "raw"}, {"weights": "ema 0.99"}, {"resize": "half_pixel"}]
+        others += [
+            {"samples": samples | change}
+            for change in (
+                {"sampling": sampling | {"eta": 1.0}},
+                {"sampling": sampling | {"clip": False}},
+                {"seeds": [1]},
+                {"guidance": 3.0},
+            )
+        ]
+        of_test = provenance | {"images": provenance["images"] | {"split": "test"}}
+        others.append({"reference": reference | {"provenance": of_test}})
+        strangers += [record | other | {"value": 999.0} for other in others]
+    text = b"".join(json.dumps(record).encode() + b"\n" for record in strangers)
+    (run / "evaluations.jsonl").write_bytes(text + b"\n".join(lines(run)) + b"\n")
+
+
 @pytest.mark.slow
 def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     """Two samplers and a student, by Inception's first layers with random weights."""
     save_layers(tmp_path / "three.npz")
-    runs = teacher_and_student(tmp_path)
+    runs = teacher_and_student(tmp_path, eta=0.5)  # which is ddim's, and no sampler's of a row
     flags = [
         runs[0],
         "--students",
@@ -110,6 +138,10 @@ def test_samplers_are_compared_once_each(tmp_path, monkeypatch, capsys):
     assert load_png(tmp_path / "fid.png").ndim == 3
     assert rows_of_the_table() == printed
     assert [len(read_evaluations(run)) for run in runs] == [4, 1]  # nothing was measured again
+    with_strangers_first(runs[0])
+    assert rows_of_the_table() == printed
+    assert len(read_evaluations(runs[0])) == 4 * 9
+    (runs[0] / "evaluations.jsonl").write_bytes(b"\n".join(lines(runs[0])[-4:]) + b"\n")
     flags[flags.index("--reference_images=4")] = "--reference_images=5"
     flags[flags.index("--steps=3,5")] = "--steps=3"
     assert rows_of_the_table() != printed
