@@ -109,7 +109,17 @@ def origin_of(
         origin["classes"] = list(names)
     if data.name == "folder":
         return origin | {"files": scan(data.path).fingerprint()}
-    return origin | {split: fingerprint(source) for split, source in sources.items()}
+    known = {split: fingerprint(source) for split, source in sources.items()}
+    if not data.skip_bad or data.name == "digits":
+        return origin | known
+    from ddpm_jax.data.prepared import open_prepared
+
+    # Before anything is left out, as what is bad may change. Runs of earlier versions remember what
+    # is left.
+    whole = {split: open_prepared(data, data_dir, split) for split in known}
+    marks = {split: fingerprint(records, skip_bad=True) for split, records in whole.items()}
+    left = {f"{split}_left": mark for split, mark in known.items() if mark != marks[split]}
+    return origin | marks | left
 
 
 def class_names(data: DataConfig, data_dir: str | Path) -> tuple[str, ...]:

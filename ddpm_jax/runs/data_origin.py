@@ -15,6 +15,7 @@ from ddpm_jax.files import read_json, replacing
 
 NAME = "data.json"
 IDENTITY = ("files", "train", "test")  # entries that must stay what they are
+LEFT = "_left"  # behind train and test: what is left without bad images
 
 
 def read_origin(workdir: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def check_origin(workdir: Path, origin: dict[str, Any], what: str) -> None:
     there = read_origin(workdir)
     for name in IDENTITY:
         before, now = there.get(name), origin.get(name)
-        if None not in (before, now) and before != now:
+        if None not in (before, now) and before not in (now, origin.get(name + LEFT)):
             raise WorkdirError(
                 f"{what} has other images than when the run in {workdir} began ({before}, now "
                 f"{now}), and what was held out might be trained on: make it what it was, or "
@@ -56,7 +57,7 @@ def check_origin(workdir: Path, origin: dict[str, Any], what: str) -> None:
 
 
 def save_origin(workdir: Path, origin: dict[str, Any]) -> None:
-    """Write data.json: "data_dir", "crop", the names of "classes", and of IDENTITY what is known.
+    """Write data.json: "data_dir", "crop", names of "classes", what is known of IDENTITY and LEFT.
 
     Raises:
       OSError: it cannot be written.

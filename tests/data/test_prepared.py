@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import prepare
+from ddpm_jax.data import decoding, prepare
+from ddpm_jax.data.batches import fingerprint
+from ddpm_jax.data.load import load_splits, origin_of
 from ddpm_jax.data.prepared import open_prepared
-from ddpm_jax.errors import DataError
+from ddpm_jax.data.source import SPLITS
+from ddpm_jax.errors import DataError, WorkdirError
+from ddpm_jax.runs.data_origin import check_origin, save_origin
 
 DATA = DataConfig(name="faces", image_size=8)
 
@@ -79,3 +85,37 @@ def test_a_description_that_makes_no_sense_is_one_line(text, features, tmp_path)
 def test_a_set_of_our_own_is_read_as_before(features, tmp_path):
     batch = open_prepared(DATA, tmp_path / "data", "train").read(np.arange(3))
     assert sorted(batch["image"][:, 0, 0, 0]) == [0, 1, 2]
+
+
+def test_a_run_goes_on_without_a_record_that_has_gone_bad_since(tmp_path, monkeypatch):
+    """What it remembers is the set, not what is left of it, as it was in earlier versions."""
+    (tmp_path / "originals").mkdir()
+    for i in range(60):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "originals" / f"{i}.png")
+    prepare.prepare_folder(tmp_path / "originals", tmp_path, "faces", 8)
+    lenient = dataclasses.replace(DATA, skip_bad=True)
+    decode = decoding.open_image
+
+    def origin(data: DataConfig) -> dict[str, Any]:
+        sources = dict(zip(SPLITS, load_splits(data, tmp_path, SPLITS)))
+        return origin_of(data, tmp_path, sources) | {"left": fingerprint(sources["train"])}
+
+    def spoil(number: int) -> None:
+        def open_image(file, name, **options):
+            if name.endswith(f"train record {number}"):
+                raise DataError(f"{name} does not decode")
+            return decode(file, name, **options)
+
+        monkeypatch.setattr(decoding, "open_image", open_image)
+
+    assert origin(DATA) == origin(lenient)
+    save_origin(tmp_path, origin(DATA))
+    spoil(3)
+    check_origin(tmp_path, origin(lenient), "data set")
+    save_origin(tmp_path, {"train": origin(lenient)["left"]})
+    check_origin(tmp_path, origin(lenient), "data set")
+    spoil(0)  # one of those that stand for the set
+    with pytest.raises(WorkdirError, match="data set has other images"):
+        check_origin(tmp_path, origin(lenient), "data set")
+    save_origin(tmp_path, origin(lenient))
+    check_origin(tmp_path, origin(lenient), "data set")
