@@ -51,6 +51,8 @@ def exclusive(dataset: str, data_dir: Path) -> Iterator[None]:
             raise DataError(
                 f"another process is preparing {dataset} in {data_dir}/: wait for it to end"
             ) from error
+        except OSError:
+            pass  # some network file systems have no locks: then there is none to hold
         try:
             yield
         except BaseException:

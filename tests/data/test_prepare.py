@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import http.server
@@ -565,6 +566,16 @@ def test_two_preparations_of_a_set_do_not_meet(tmp_path, faces):
         pytest.raises(DataError, match="another process is preparing"),
     ):
         prepare.prepare_folder(tmp_path / "originals", tmp_path / "data", "faces", 8)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_prepared_on(tmp_path, monkeypatch, code):
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(sets.fcntl, "flock", refuse)
+    with sets.exclusive("faces", tmp_path / "data"):
+        pass
 
 
 def test_full_disk_is_told_before_and_during(tmp_path, faces, monkeypatch):
