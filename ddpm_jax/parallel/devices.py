@@ -8,6 +8,7 @@ of the concatenation is example i of the global batch.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import ConfigError
+from ddpm_jax.errors import ConfigError, HostError
 from ddpm_jax.parallel import hosts
 
 AXIS = "batch"  # the name of the one mapped axis: data parallelism
@@ -121,12 +122,22 @@ class Devices:
     def check_batch(self, batch_size: int, accumulation: int, name: str) -> None:
         """Check that `batch_size` splits evenly over all devices and microbatches.
 
+        Each host reads an equal share of it.
+
         Args:
           name: the field of the config, for the message.
 
         Raises:
           ConfigError: it does not; the message names the nearest sizes that do.
+          HostError: the hosts have unlike numbers of devices.
         """
+        counts = Counter(device.process_index for device in self.devices)
+        if len(set(counts.values())) > 1:
+            listing = ", ".join(str(counts[host]) for host in sorted(counts))
+            raise HostError(
+                f"the hosts have {listing} devices: "
+                "start each with as many as the others, as CUDA_VISIBLE_DEVICES=0,1 does"
+            )
         parts = len(self.devices) * accumulation
         if batch_size % parts:
             lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts

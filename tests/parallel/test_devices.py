@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from ddpm_jax.errors import HostError
 from ddpm_jax.parallel.devices import AXIS, Devices, by_pmap, by_shard_map
 from ddpm_jax.training.form import state_form
 from ddpm_jax.training.state import init_state
@@ -23,6 +25,16 @@ def test_a_host_takes_the_rows_of_its_own_devices(first: int, count: int) -> Non
     devices.local = devices.devices[first : first + count]
     rows = devices.own_rows({"x": np.arange(24)})["x"]
     np.testing.assert_array_equal(rows, np.arange(3 * first, 3 * (first + count)))
+
+
+def test_hosts_with_unlike_numbers_of_devices_are_refused() -> None:
+    """Their shares of a batch are alike: rows would go to the devices of other rows."""
+    devices = Devices(jax.devices()[:1])
+    devices.devices = tuple(SimpleNamespace(process_index=host) for host in (0, 0, 1, 1))
+    devices.check_batch(16, 1, "train.batch_size")
+    devices.devices = tuple(SimpleNamespace(process_index=host) for host in (0, 0, 0, 1))
+    with pytest.raises(HostError, match="the hosts have 3, 1 devices: start each with as many"):
+        devices.check_batch(16, 1, "train.batch_size")
 
 
 @pytest.mark.parametrize("way", [by_pmap, by_shard_map])
