@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -50,9 +51,10 @@ class StopRequest:
     def listen(self) -> None:
         """Let signals wait from here on.
 
-        Before there is a step to save, they end the process as they always do.
+        Before there is a step to save, they end the process as they always do. Where another
+        thread than the main one trains, which may not set them, they stay as they are.
         """
-        if not self._before:
+        if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self.signals}
             if self._before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the terminal may go
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
