@@ -67,6 +67,15 @@ def say(line: str) -> None:
     print(line, file=Lenient(sys.stderr), flush=True)
 
 
+def is_first() -> bool:
+    """Tell whether this process is the first of the hosts of a run, or alone.
+
+    It imports no JAX, and starts none of its devices where no hosts have joined.
+    """
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 class Progress:
     """A count of steps, shown on stderr.
 

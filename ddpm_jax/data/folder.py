@@ -20,6 +20,7 @@ from ddpm_jax.data.classes import in_order, some_of
 from ddpm_jax.data.decoding import SUFFIXES
 from ddpm_jax.data.source import RecordSource
 from ddpm_jax.errors import DataError
+from ddpm_jax.progress import is_first
 
 HELD_OUT_EVERY = 50  # of a folder, where nothing else is said
 _SHOWN = 5  # kinds of files in a message
@@ -121,8 +122,9 @@ def list_images(folder: str | Path) -> list[Path]:
 
 @functools.cache
 def announce(line: str) -> None:
-    """Print a line on stderr, once in a process: both splits of a set open the same folder."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr, once for all hosts: both splits of a set open the same folder."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def split_folder(

@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.errors import BadImages, DataError
 from ddpm_jax.machine import cores, memory
-from ddpm_jax.progress import Progress, say
+from ddpm_jax.progress import Progress, is_first, say
 
 SPLITS = ("train", "test")
 _QUICK = 10_000  # images, decoded before anyone wonders
@@ -259,7 +259,7 @@ def _read_all(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield the numbers and the content of block after block; `bad` is filled on the way."""
     count, block = len(records), 1024
-    with Progress(count, unit="image", enabled=count > _QUICK) as progress:
+    with Progress(count, unit="image", enabled=count > _QUICK and is_first()) as progress:
         for start in range(0, count, block):
             rows = np.arange(start, min(start + block, count))
             yield rows, records.read(rows, bad)

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from ddpm_jax import machine
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import decoding
+from ddpm_jax.data import decoding, source
 from ddpm_jax.data.folder import scan
 from ddpm_jax.data.load import load_source, load_splits
 from ddpm_jax.data.source import SPLITS, ArraySource, RecordSource
@@ -219,6 +220,22 @@ def test_what_a_folder_leaves_out_is_counted_and_said(tmp_path, capfd):
     assert capfd.readouterr().err == listing.describe() + "\n"  # once for both splits
     write_images(tmp_path / "clean", 2)
     assert scan(tmp_path / "clean").describe() == f"{tmp_path}/clean: 2 images"
+
+
+@pytest.mark.parametrize(
+    "joined, host, shown", [(True, 1, False), (True, 0, True), (False, 0, True)]
+)
+def test_the_first_host_alone_shows_how_far_it_is(
+    tmp_path, monkeypatch, capfd, joined, host, shown
+):
+    write_images(tmp_path / "in", 4)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
+    monkeypatch.setattr(jax, "process_index", lambda: host)
+    monkeypatch.setattr(source, "_QUICK", 0)
+    load_source(folder_config(tmp_path / "in"), "nowhere", "train")
+    said = capfd.readouterr().err
+    assert (f"{tmp_path}/in: 4 images" in said) is shown
+    assert ("image 3/3" in said) is shown
 
 
 def test_linked_folders_are_followed_once(tmp_path):
