@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import ddpm_jax as ddpm
+from ddpm_jax.config import Config, override
 from tests.support.layers import ROOT
 
 TOOLS = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
@@ -19,6 +22,18 @@ def test_every_page_of_docs_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f": {page.name}\n" in menu, page.name
+
+
+def test_fields_that_pages_set_are_there_and_take_these_values():
+    """Such as `loss.kind=simple`, with --config. before it or not; N stands for any number."""
+    sections = "|".join(field.name for field in dataclasses.fields(Config) if field.name != "seed")
+    found = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for span in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if match := re.fullmatch(rf"(?:--config\.)?((?:{sections})\.\w+=\S*[^N\s])", span):
+                override(Config(), match[1])
+                found += 1
+    assert found > 20
 
 
 @pytest.mark.slow
