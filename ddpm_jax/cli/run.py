@@ -118,8 +118,11 @@ def _less_memory() -> str:
 def _again(step: int) -> str:
     """Return this command with another --step.
 
-    A training goes back to that step whenever it is given it, which is said behind it.
+    A training goes back to that step whenever it is given it, which is said behind it. A command
+    without the flag goes on from the newest that is there.
     """
+    if "step" not in flags.NAMES:
+        return "move this one away, and the same command does"
     rest = [item for item in sys.argv[1:] if not item.startswith("--step=")]
     if "--step" in rest:
         at = rest.index("--step")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.cli import flags, main, run, sample, train
+from ddpm_jax.cli import distill, flags, main, run, sample, train
 from ddpm_jax.config import load_config
 from ddpm_jax.errors import ConfigError
 from tests.support.layers import PACKAGE, ROOT
@@ -131,8 +131,17 @@ def test_help_shows_the_command_as_it_was_started(as_ddpm, capsys):
     assert "scripts/" not in text
 
 
-@pytest.mark.parametrize("command, once", [(train, " # once: then leave --step out"), (sample, "")])
-def test_remedies_repeat_the_command_as_it_was_started(as_ddpm, monkeypatch, capsys, command, once):
+@pytest.mark.parametrize(
+    "command, remedy",
+    [
+        (train, "ddpm command --workdir=x --step=3 # once: then leave --step out"),
+        (sample, "ddpm command --workdir=x --step=3"),
+        (distill, "move this one away, and the same command does"),
+    ],
+)
+def test_remedies_repeat_the_command_as_it_was_started(
+    as_ddpm, monkeypatch, capsys, command, remedy
+):
     """A training that is given --step again goes back again, and loses what it did since."""
 
     def damaged() -> None:
@@ -146,7 +155,7 @@ def test_remedies_repeat_the_command_as_it_was_started(as_ddpm, monkeypatch, cap
         command.main(["--help"])
     assert run.outcome(damaged) == 1
     said = capsys.readouterr().err
-    assert said.endswith(f"go on with: ddpm command --workdir=x --step=3{once}\n")
+    assert said.endswith(f"go on with: {remedy}\n")
 
 
 # -------------------------------------------------------------------------------------- paths

@@ -54,7 +54,7 @@ def test_repaint_draws_anew_at_every_visit(known_part: float) -> None:
     The network says x0_hat = 0 and the known image is 0, so that x_t is noise alone. Between two
     visits it is multiplied by what the rows say, and gets new noise of a variance that follows.
     """
-    steps, repaint = 6, Repaint(resample=3, jump=2)
+    steps, repaint = 7, Repaint(resample=3, jump=2)
     schedule = NoiseSchedule.from_betas(
         beta_schedule("linear", steps, beta_start=0.1, beta_end=0.4)
     )
