@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -65,4 +66,6 @@ class Leftovers:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         if self.passed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # After multiprocessing, which clears its own folder in there away with priority -100.
+            remove, options = shutil.rmtree, {"ignore_errors": True}
+            Finalize(None, remove, args=[self.folder], kwargs=options, exitpriority=-200)
