@@ -55,9 +55,12 @@ class StopRequest:
         thread than the main one trains, which may not set them, they stay as they are.
         """
         if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+            # Whole before the first is taken over: one may come at once.
+            self._before = {number: signal.getsignal(number) for number in self.signals}
             if self._before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the terminal may go
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                del self._before[signal.SIGHUP]
+            for number in self._before:
+                signal.signal(number, self._note)
 
     def agreed(self) -> int:
         """Return the signal on which all hosts stop now, or 0; all call it after each step."""
