@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ddpm_jax.build import Params, build_network, build_process, denoiser, image_shape
-from ddpm_jax.config import Config, validate
+from ddpm_jax.config import Config, from_dict, to_dict
 from ddpm_jax.data.classes import Labels, classes_of
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.diffusion.process import GaussianDiffusion
@@ -88,11 +88,15 @@ def train(
     """
     from ddpm_jax.training import loop, stopping
 
+    given = type(config).__name__
+    what = f"config is a {given}: must be a Config, such as ddpm_jax.load_config makes of a file"
+    check(isinstance(config, Config), what)
+    config = from_dict(to_dict(config))  # through the door of files: lists become tuples
     workdir = Path(workdir).expanduser()
     data_dir = None if data_dir is None else Path(data_dir).expanduser()
     parent = None if from_ is None else find_origin(str(from_), Devices())
     own = {"network": network, "source": source, "held_out": held_out, "parent": parent}
-    code = loop.train(validate(config), workdir, data_dir=data_dir, step=step, **own)
+    code = loop.train(config, workdir, data_dir=data_dir, step=step, **own)
     stopping.raise_if_stopped(code, workdir)
     return load(workdir, network=network)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import logging
 import os
@@ -151,6 +152,41 @@ def test_classes_may_be_named_as_the_command_names_them(run, tmp_path):
     with pytest.raises(ddpm.UserError, match="label=zebra: no such class; there are 'zebras'"):
         model.sample(1, labels="zebra")
     assert ddpm.load(run).classes == ()
+
+
+@pytest.mark.parametrize(
+    "section, field, value, message",
+    [
+        ("optimizer", "schedule", "cosin", "config.optimizer.schedule=cosin: one of constant"),
+        ("model", "dtype", "float16", "config.model.dtype=float16: one of float32, bfloat16"),
+        ("loss", "kind", "l2", "config.loss.kind=l2: one of simple"),
+        ("diffusion", "prediction", "epsilon", "config.diffusion.prediction=epsilon: one of eps"),
+        (
+            "optimizer",
+            "learning_rate",
+            "1e-4",
+            "config.optimizer.learning_rate=1e-4: must be float",
+        ),
+        ("train", "steps", 1.5, "config.train.steps=1.5: must be int"),
+    ],
+)
+def test_a_config_from_python_is_read_as_one_of_a_file(section, field, value, message, tmp_path):
+    config = copy.deepcopy(CONFIG)
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(ddpm.UserError, match=message):
+        ddpm.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_and_whole_floats_of_a_config_from_python_are_taken(run, tmp_path):
+    """What config.json has of them is what it has of the tuples and whole numbers."""
+    config, workdir = copy.deepcopy(CONFIG), shutil.copytree(run, tmp_path / "run")
+    config.model.channel_mult, config.train.ema_decays = [1], [0.9]
+    config.train.steps = 2.0
+    assert ddpm.train(config, workdir, workdir.parent).step == 2
+    assert config.train.steps == 2.0 and config.model.channel_mult == [1]  # it stays the caller's
+    with pytest.raises(ddpm.UserError, match="config is a str: must be a Config, such as"):
+        ddpm.train("digits", workdir)
 
 
 def test_bits_per_dim_are_those_of_the_command(run, tiny, tmp_path):

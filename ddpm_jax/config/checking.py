@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddpm_jax.config.rules import check_fields
+from ddpm_jax.config.rules import check_fields, short
 from ddpm_jax.config.schema import Config
 from ddpm_jax.errors import ConfigError
 
@@ -178,10 +178,3 @@ def validate(config: Config) -> Config:
         "is a way to clip, which clip=false switches off: leave one of them",
     )
     return config
-
-
-def short(value: Any) -> str:
-    """Write a value of any size for a message."""
-    text = "a number too long to write" if isinstance(value, int) and abs(value) >= 2**63 else ""
-    text = text or str(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

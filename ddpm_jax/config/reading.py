@@ -14,10 +14,11 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
-from ddpm_jax.config.checking import short, validate
-from ddpm_jax.config.rules import INT32, check_value
+from ddpm_jax.config.checking import validate
+from ddpm_jax.config.rules import INT32, check_name, check_value, short
 from ddpm_jax.config.schema import Config
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.files import read_json, shipped
@@ -177,13 +178,7 @@ def _build(cls: type, values: Any, path: str, what: str) -> Any:
 
 
 def _check_field(holder: Any, name: str, path: str) -> None:
-    known = [f.name for f in dataclasses.fields(holder)]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-        raise ConfigError(
-            f"config{'.' + path if path else ''} has no field {short(name)!r}: {hint}"
-        )
+    check_name(holder, name, f"config{'.' + path if path else ''}")
 
 
 def _parse(text: str, annotation: Any) -> Any:
@@ -235,6 +230,8 @@ def typed(value: Any, annotation: Any, name: str) -> Any:
     Raises:
       ConfigError: another type.
     """
+    if isinstance(value, np.generic):
+        value = value.item()  # a number of NumPy's, which config.json would not take
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
         if value not in choices:

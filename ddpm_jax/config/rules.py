@@ -8,6 +8,7 @@ What several fields must satisfy together stands in checking.py.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -66,11 +67,31 @@ def check_fields(config: Any) -> None:
         check_value(value, rules, f"config.{path}")
 
 
+def check_name(holder: Any, name: str, what: str) -> None:
+    """Check that the dataclass `holder`, which messages call `what`, has a field of this name.
+
+    Raises:
+      ConfigError: it has none, with the nearest name that it has.
+    """
+    known = [field.name for field in dataclasses.fields(holder)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        raise ConfigError(f"{what} has no field {short(name)!r}: {hint}")
+
+
 def check_value(value: Any, rules: Iterable[Rule], name: str) -> None:
     """Raise ConfigError, naming what is accepted, unless all `rules` hold for the value `name`."""
     for rule in rules:
         if not rule.holds(value):
             raise ConfigError(f"{name}={value}: {rule.accepts}")
+
+
+def short(value: Any) -> str:
+    """Write a value of any size for a message."""
+    text = "a number too long to write" if isinstance(value, int) and abs(value) >= 2**63 else ""
+    text = text or str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _fields(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Rule, ...]]]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ddpm_jax.config.rules import AtLeast, In, Positive, Rule
+from ddpm_jax.config.rules import AtLeast, In, Positive, Rule, check_name
 from ddpm_jax.diffusion.losses import Objective
 from ddpm_jax.diffusion.process import Prediction, Variance
 from ddpm_jax.diffusion.schedule import Schedule
@@ -40,8 +40,17 @@ _DECAYS = Rule(lambda value: all(0 <= decay < 1 for decay in value), "each in [0
 _DISTINCT = Rule(lambda value: len(set(value)) == len(value), "each decay once")
 
 
+class Fields:
+    """What has the fields of its annotations and takes no others, which would be of no effect."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; ConfigError names the nearest one where there is none of this name."""
+        check_name(self, name, type(self).__name__)
+        super().__setattr__(name, value)
+
+
 @dataclass
-class DataConfig:
+class DataConfig(Fields):
     """Which images, in what form."""
 
     # digits, a set prepared by prepare_data.py such as lsun/cat, or folder
@@ -81,7 +90,7 @@ class DataConfig:
 
 
 @dataclass
-class UNetConfig:
+class UNetConfig(Fields):
     """The network of Ho et al. 2020 by default.
 
     Each switch is one that a published checkpoint family needs.
@@ -120,7 +129,7 @@ class UNetConfig:
 
 
 @dataclass
-class DiffusionConfig:
+class DiffusionConfig(Fields):
     """The forward process, and what the network predicts of it."""
 
     timesteps: Annotated[int, AtLeast(1)] = 1000
@@ -134,7 +143,7 @@ class DiffusionConfig:
 
 
 @dataclass
-class LossConfig(Objective):
+class LossConfig(Fields, Objective):
     """The objective (its fields stand in diffusion/losses.py), and the draw of its timesteps."""
 
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
@@ -144,7 +153,7 @@ class LossConfig(Objective):
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Fields):
     """Adam, its learning rate from step to step and the clip of its gradients."""
 
     learning_rate: Annotated[float, Positive()] = 2e-4
@@ -163,7 +172,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Fields):
     """How long, how much at once, and what is written when."""
 
     steps: Annotated[int, AtLeast(1)] = 800_000
@@ -191,7 +200,7 @@ class TrainConfig:
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Fields):
     """What sample.py does when no flag says otherwise."""
 
     sampler: str = "ancestral"
@@ -210,7 +219,7 @@ class SamplingConfig:
 
 
 @dataclass
-class DistillationConfig:
+class DistillationConfig(Fields):
     """What a student of distillation/ learns from; `ddpm distill` sets it, other runs have none."""
 
     steps: Annotated[int, AtLeast(0, "0: no student")] = 0  # of the student, half of the teacher's
@@ -219,7 +228,7 @@ class DistillationConfig:
 
 
 @dataclass
-class Config:
+class Config(Fields):
     """Everything that a run is."""
 
     seed: Annotated[int, Rule(lambda value: 0 <= value < 2**32, "must be in 0..2^32-1")] = 0

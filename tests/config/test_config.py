@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
+import pickle
 import runpy
 from pathlib import Path
 
@@ -300,3 +302,29 @@ def test_config_files_at_fault_are_named(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "section, name, near",
+    [
+        ("optimizer", "learning_rat", "learning_rate"),
+        ("loss", "weigthing", "weighting"),
+        ("data", "image_siz", "image_size"),
+    ],
+)
+def test_a_misspelt_field_is_refused_where_it_is_set(section, name, near):
+    """From Python it would be one more attribute, of no effect."""
+    config = Config()
+    with pytest.raises(ConfigError, match=rf"has no field '{name}': did you mean {near}\?"):
+        setattr(getattr(config, section), name, 1)
+    with pytest.raises(ConfigError, match="Config has no field 'optimiser': did you mean opt"):
+        config.optimiser = 1
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, seed=3).seed == 3
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = Config()
+    config.optimizer.learning_rate, config.train.steps = np.float64(1e-4), np.int64(3)
+    config = from_dict(to_dict(config))
+    assert type(config.optimizer.learning_rate) is float and type(config.train.steps) is int
