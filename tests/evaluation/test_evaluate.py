@@ -134,6 +134,9 @@ def test_parts_add_up_and_the_estimate_agrees_with_all_terms() -> None:
         )
         np.testing.assert_allclose(nll.rate + nll.decoder.mean, nll.total.mean, rtol=1e-12)
     np.testing.assert_allclose(whole.curve.rate[-1], whole.rate, rtol=1e-12)
+    # A step of the curve is the term that was just sent.
+    np.testing.assert_allclose(whole.curve.rate[0], whole.prior.mean, rtol=1e-12)
+    np.testing.assert_allclose(np.diff(whole.curve.rate), whole.term[:0:-1], rtol=1e-9)
     # The same images and, at t = 0, the same noise: the two differ by the timesteps drawn.
     np.testing.assert_allclose(estimate.decoder.mean, whole.decoder.mean, rtol=1e-5)
     assert abs(estimate.total.mean - whole.total.mean) < 3 * math.hypot(

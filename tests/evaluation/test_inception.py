@@ -37,6 +37,7 @@ from ddpm_jax.evaluation.inception.weights import (
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.weights.pickled import read_tensors
 from tests.support.inception import pictures, random_layers
+from tests.support.programs import precisions
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,21 @@ def test_taps_have_their_widths_and_run_no_further_than_asked() -> None:
             lambda p, x, tap=tap: Inception((tap,)).apply({"params": p}, x), params, x
         )
         assert {name: leaf.shape for name, leaf in out.items()} == {tap: (2, width)}
+
+
+@pytest.mark.parametrize("resize", ["tf", "half_pixel"])
+def test_no_matrix_unit_rounds_what_inception_sees(resize: str) -> None:
+    """Of 94 convolutions, the class scores and both sides of the resize: a CPU would not show it."""
+    params = {
+        layer: {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in p.items()}
+        for layer, p in layer_shapes("logits").items()
+    }
+    traced = jax.make_jaxpr(
+        lambda p, x: Inception(tuple(WIDTHS)).apply({"params": p}, to_inception(x, resize))
+    )(params, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8))
+    for primitive, count in (("conv_general_dilated", 94), ("dot_general", 3)):
+        found = precisions(traced.jaxpr, primitive)
+        assert found == [(jax.lax.Precision.HIGHEST,) * 2] * count, primitive
 
 
 @pytest.mark.parametrize(
@@ -456,6 +472,11 @@ def test_what_was_computed_is_looked_up(
     assert (extracted(again, of_array(changed, {}))[0] != result[0]).any() and len(calls) == 3
     other = Extractor(weights, devices, cache=tmp_path, batch_size=2, resize="half_pixel")
     assert np.abs(extracted(other, of_array(images, {})) - result).max() > 1e-3
+    others = Extractor(
+        inception_of(random_layers("64", seed=1), "b.npz"), devices, cache=tmp_path, batch_size=2
+    )
+    own = Extractor(others.weights, devices, batch_size=2)
+    np.testing.assert_array_equal(*(extracted(x, of_array(images, {})) for x in (others, own)))
     for path in tmp_path.rglob("*_64.npy"):
         path.write_bytes(b"torn")
     with pytest.raises(EvaluationError, match="is damaged .*: delete it"):

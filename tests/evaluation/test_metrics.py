@@ -171,6 +171,9 @@ def test_infinity_takes_the_bias_of_few_samples_away() -> None:
         )
         np.testing.assert_allclose(limit.distances[-1], raw[-1], rtol=1e-9)
         assert 0 < limit.standard_error < 0.2 * raw[-1]
+        line = scipy.stats.linregress(1 / limit.counts, limit.distances)
+        np.testing.assert_allclose(limit.distance, line.intercept, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(limit.standard_error, line.intercept_stderr, rtol=1e-6)
     # To first order the bias is (d + d (d + 1) / 4) / N: of the mean, and of eigenvalues l, a sum
     # of (l^1/2 - 1)^2.
     np.testing.assert_allclose(np.mean(raw), (width + width * (width + 1) / 4) / 400, rtol=0.1)

@@ -61,3 +61,9 @@ def test_errors_are_deviations_over_images_by_the_root_of_their_number() -> None
     np.testing.assert_allclose(nll.term_error, deviations / np.sqrt(7), rtol=1e-3)
     error = np.asarray(columns["squared_error"], np.float64).mean(axis=0)
     np.testing.assert_allclose(nll.curve.rmse[::-1], 127.5 * np.sqrt(error), rtol=1e-5)
+    # The timesteps above t have been paid for: those of the strata above, and of its own a share.
+    share = term * (np.asarray(columns["t"]) - nll.strata.first)
+    above = np.append(np.cumsum(sums[:, :0:-1], axis=1)[:, ::-1], np.zeros((7, 1)), axis=1)
+    rate = (prior[:, None] + above + share).mean(axis=0)
+    np.testing.assert_allclose(nll.curve.rate[::-1], rate, rtol=1e-5)
+    assert share.max() > 0

@@ -69,3 +69,21 @@ def test_the_inception_score_is_of_logits_without_their_bias(monkeypatch) -> Non
     p = scipy.special.softmax(products.astype(np.float64), axis=1)
     divergence = np.mean([scipy.stats.entropy(row, p.mean(axis=0)) for row in p])
     np.testing.assert_allclose(score.value, np.exp(divergence), rtol=1e-6)
+
+
+def test_the_sfid_is_that_of_all_rows() -> None:
+    """Of the spatial features, which come in blocks; the closed form with diagonal roots."""
+    rows = np.random.default_rng(3).normal(1, 2, (60, 3)).astype(np.float32)
+    extractor = SimpleNamespace(
+        blocks=lambda images, taps, what: [
+            Block(start, {"spatial": rows[start : start + 20] + start}, "") for start in (0, 20, 40)
+        ]
+    )
+    real = Gaussian(np.zeros(3), np.eye(3))
+    features = quality.extract(extractor, None, ["sfid"], "2048")
+    (sfid,) = quality.score(features, Reference(None, real, None, {}), ["sfid"], "2048")
+    wide = rows.astype(np.float64) + np.repeat([0, 20, 40], 20)[:, None]
+    roots = np.sqrt(np.linalg.eigvalsh(np.cov(wide.T)))
+    expected = np.sum(wide.mean(axis=0) ** 2) + np.sum((roots - 1) ** 2)
+    assert sfid.metric == "sFID"
+    np.testing.assert_allclose(sfid.value, expected, rtol=1e-6)

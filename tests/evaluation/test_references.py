@@ -20,6 +20,7 @@ from ddpm_jax.data.source import ArraySource
 from ddpm_jax.errors import DataError, EvaluationError, UserError
 from ddpm_jax.evaluation import inputs, references
 from ddpm_jax.evaluation.image_sets import of_array, of_split, open_images
+from ddpm_jax.evaluation.inception import features as features_file
 from ddpm_jax.evaluation.inception.features import Extractor
 from ddpm_jax.evaluation.inception.weights import inception_of
 from ddpm_jax.evaluation.options import EvaluationOptions
@@ -151,7 +152,11 @@ def test_what_are_no_images_is_refused_in_one_line(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- references
 
 
-def test_reference_survives_the_disk_with_its_descent(extractor: Extractor, tmp_path: Path) -> None:
+def test_reference_survives_the_disk_with_its_descent(
+    extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its moments are of all images, which come in three blocks here."""
+    monkeypatch.setattr(features_file, "BLOCK", 7)
     real, data = split(pictures(20))
     built = references.build(extractor, real, "64", most_features=7)
     x = np.concatenate([block.features["64"] for block in extractor.blocks(real, ("64",))]).astype(

@@ -14,6 +14,7 @@ import pytest
 from ddpm_jax.network import normalization
 from ddpm_jax.network.normalization import GroupNorm
 from tests.support.norms import traced_anew
+from tests.support.programs import precisions
 
 EPSILON = 1e-6
 
@@ -59,6 +60,12 @@ def test_it_is_the_definition(c, groups, mean, platform):
     x, scale, bias = draw(c, mean)
     y = GroupNorm(groups, EPSILON, "float32").apply({"params": {"scale": scale, "bias": bias}}, x)
     np.testing.assert_allclose(y, exact(x, scale, bias, groups), atol=2e-6 * (1 + mean))
+
+
+def test_means_by_a_product_are_as_precise_as_sums():
+    """A TPU would round them to bfloat16 by itself, which no other platform shows."""
+    traced = jax.make_jaxpr(lambda values: normalization._product_mean(values, 4))(jnp.ones((2, 8)))
+    assert precisions(traced.jaxpr, "dot_general") == [(jax.lax.Precision.HIGHEST,) * 2]
 
 
 def test_a_pixel_far_from_all_others_is_a_bad_start_but_not_a_fatal_one():

@@ -15,6 +15,7 @@ from ddpm_jax.network import blocks, unet
 from ddpm_jax.network.blocks import AttentionBlock, ResidualBlock
 from ddpm_jax.network.unet import UNet
 from tests.support import unet_reference
+from tests.support.programs import precisions
 
 TINY = UNetConfig(
     base_channels=8,
@@ -510,8 +511,8 @@ def test_bfloat16_trains_where_a_head_has_one_channel():
 def test_bfloat16_is_where_the_work_is_and_nowhere_else():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params, x, t = random_params(config), images(2), np.array([3, 50])
-    program = str(jax.make_jaxpr(UNet(config, 3).apply)({"params": params}, x, t))
-    found = {}
+    traced = jax.make_jaxpr(UNet(config, 3).apply)({"params": params}, x, t)
+    program, found = str(traced), {}
     for dtype, primitive in re.findall(r":(\w+)\[[^\]]*\] = (\w+)", program):
         found.setdefault(primitive, []).append(dtype)
     for primitive in ("exp", "rsqrt", "sin", "cos", "reduce_sum", "reduce_max"):
@@ -522,6 +523,8 @@ def test_bfloat16_is_where_the_work_is_and_nowhere_else():
     assert (
         len(convolutions) == 2 + 2 * sum("block" in name for name in params) + 2
     )  # ends, blocks, down and up
+    of_image, *_ = precisions(traced.jaxpr, "conv_general_dilated")
+    assert of_image == (jax.lax.Precision.HIGH,) * 2  # a TPU would round the pixels to bfloat16
 
 
 def test_bfloat16_sees_the_whole_precision_of_the_pixels():
