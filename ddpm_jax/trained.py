@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import subprocess
@@ -17,11 +18,13 @@ import jax
 from ddpm_jax.build import Params, build_network
 from ddpm_jax.config import Config
 from ddpm_jax.data.classes import names_of_run
+from ddpm_jax.data.load import load_source, origin_of
+from ddpm_jax.data.source import Source
 from ddpm_jax.errors import WorkdirError
 from ddpm_jax.files import MOST_DIGITS, read_json, shipped
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.runs.data_origin import read_origin
+from ddpm_jax.runs.data_origin import check_split, read_origin
 from ddpm_jax.runs.workdir import (
     LABELS,
     RECORD,
@@ -57,6 +60,7 @@ class Trained:
       step: of the checkpoint; 0 where they were imported.
       notes: what there is to say: of an import, where the settings come from; warnings.
       classes: the names of its classes, in their order; () where they are not known.
+      data_origin: what its run remembers of its data; {} where it has none.
     """
 
     config: Config
@@ -65,6 +69,19 @@ class Trained:
     step: int
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    data_origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def open_split(self, data_dir: Path, split: str) -> Source:
+        """Open a split of the data set of its run.
+
+        Raises:
+          UserError: it cannot be opened, or is not what the run trained on or held out.
+        """
+        data = self.config.data
+        source = load_source(data, data_dir, split)
+        origin = origin_of(data, data_dir, {split: source} if len(source) else {})
+        check_split(self.data_origin, origin, split, data.path or data.name)
+        return source
 
     @property
     def tag(self) -> str:
@@ -202,7 +219,8 @@ def open_trained(
         check_owner(workdir, network is not None)
         built = build_network(config, network)
         name = _weights_name(config, weights)
-        classes = _class_names(config, read_origin(workdir))
+        origin = read_origin(workdir)
+        classes = _class_names(config, origin)
         checkpoints = opening.enter_context(Checkpoints.reading(workdir))
         checkpoints.check(step)
         opening.pop_all()
@@ -215,7 +233,8 @@ def open_trained(
     if int(state.step) == 0:  # after training, the averages are averages whatever they began as
         label = imported_weights(workdir, "params" if name == "raw" else "ema") or label
     note = None if name == "raw" else average_note(config, name, int(state.updates))
-    return Trained(config, params, label, int(state.step), (note,) if note else (), classes)
+    notes = (note,) if note else ()
+    return Trained(config, params, label, int(state.step), notes, classes, origin)
 
 
 # ------------------------------------------------------------------------------- networks that ship

@@ -12,7 +12,6 @@ from ddpm_jax import images
 from ddpm_jax.coding.container import MOST_AT_ONCE, Coded, Settings
 from ddpm_jax.coding.files import compress, decompress, forward_passes, receive
 from ddpm_jax.coding.progressive import Received
-from ddpm_jax.data.load import load_source
 from ddpm_jax.diffusion.bound import RateDistortion
 from ddpm_jax.errors import CodingError
 from ddpm_jax.evaluation.nll import Nll, Protocol, evaluate_nll
@@ -152,7 +151,7 @@ def measure(trained: Trained, workdir: Path, devices: Devices, options: CodingOp
     nll = evaluate_nll(
         trained.config,
         trained.params,
-        load_source(trained.config.data, options.data_dir, options.split),
+        trained.open_split(options.data_dir, options.split),
         devices,
         protocol=Protocol(clip=settings.clip, cdf=settings.cdf, seed=options.seed),
         num_images=len(levels),
@@ -261,7 +260,7 @@ def read_images(trained: Trained, options: CodingOptions) -> np.ndarray:
 
 def split_images(trained: Trained, options: CodingOptions) -> np.ndarray:
     """Read the first images of the split, uint8 [n, h, w, c]."""
-    source = load_source(trained.config.data, options.data_dir, options.split)
+    source = trained.open_split(options.data_dir, options.split)
     return source.read(np.arange(min(options.num_images, len(source))))["image"]
 
 

@@ -41,8 +41,13 @@ def names_of_run(origin: Mapping[str, Any], name: str, count: int) -> tuple[str,
       origin: what the run remembers of its data.
       name: of its data set.
     """
-    names = tuple(origin.get("classes") or PUBLISHED.get(name, ()))
-    return names if len(names) <= count else ()
+    names = tuple(origin.get("classes", ()))
+    if names:
+        return names if len(names) <= count else ()
+    # Images from Python have classes of their own, whatever set the config names.
+    from_python = "train" in origin and "data_dir" not in origin
+    published = () if from_python else PUBLISHED.get(name, ())
+    return published if len(published) == count else ()
 
 
 def numbers_of(labels: Sequence[int | str], names: Sequence[str], count: int) -> list[int]:

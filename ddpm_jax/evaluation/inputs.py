@@ -140,7 +140,7 @@ class Inputs:
         return load_inception(self.options.inception, self.options.cache / "inception")
 
     def source(self, split: str) -> Source:
-        """Load a split of the data set, the same on all hosts."""
+        """Load a split of the data set, the same on all hosts and that of the run."""
         check(
             self.data is not None,
             f"the {split} split of which data set? give workdir or config, "
@@ -148,7 +148,10 @@ class Inputs:
         )
         if split not in self._sources:
             with hosts.together():
-                source = load_source(self.data, self.data_dir, split)
+                if self.trained is None:
+                    source = load_source(self.data, self.data_dir, split)
+                else:
+                    source = self.trained.open_split(self.data_dir, split)
                 mark = fingerprint(source) if len(source) else "empty"
             hosts.same(f"the {split} split", mark)
             self._sources[split] = source

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.data.load import load_source
+from ddpm_jax.data.source import Source
 from ddpm_jax.errors import check
 from ddpm_jax.figures.originals import images_from, images_of
 from ddpm_jax.figures.panels import picture
@@ -134,6 +134,10 @@ class Job:
         job = dataclasses.replace(self, trained=trained)
         return job.generator(count, inverted=True), job.generator(count)
 
+    def source(self, split: str) -> Source:
+        """Open a split of the run's data set, which must be that of the run."""
+        return self.trained.open_split(self.options.data_dir, split)
+
     def originals(self, least: int, step: int = 1) -> np.ndarray:
         """Read the real images that were named: at least `least`, and a multiple of `step`."""
         options, data = self.options, self.trained.config.data
@@ -142,7 +146,7 @@ class Job:
         if options.images is not None:
             originals = images_from(options.images, data, options.crop)
         else:
-            source = load_source(data, options.data_dir, options.split)
+            source = self.source(options.split)
             originals = images_of(source, options.indices, f"{data.name} {options.split}")
         fits = len(originals) >= least and len(originals) % step == 0
         check(fits, f"mode {options.mode}: {least} images, or a multiple of it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.data.load import load_source
 from ddpm_jax.data.source import Source
 from ddpm_jax.errors import ConfigError, check
 from ddpm_jax.evaluation.image_sets import ImageSet, of_array, of_split
@@ -72,7 +71,7 @@ def neighbours(samples: np.ndarray, source: Source, indices: np.ndarray) -> np.n
 def draw_neighbours(job: Job) -> None:
     """Draw samples beside their nearest training images, in one space or both, and print them."""
     options, indices, data = job.options, job.indices(job.count(8)), job.trained.config.data
-    source = load_source(data, options.data_dir, "train")
+    source = job.source("train")
     train = of_split(source, data, "train").first(options.search or len(source))
     columns = options.columns
     check(1 <= columns <= train.count, f"columns={columns}: must be in 1..{train.count}")

@@ -111,11 +111,15 @@ def train(
             if source is None and held_out is None:
                 splits = SPLITS if config.train.eval_images else ("train",)
                 sources = dict(zip(splits, load_splits(config.data, data_dir, splits)))
-                classes = config.model.num_classes > 0
-                origin = origin_of(config.data, data_dir, sources, classes=classes)
+                named = sources
             else:
                 sources = own_sources(config, data_dir, source, held_out)
-                origin = {split: fingerprint(part) for split, part in sources.items()}
+                named = {"train": sources["train"]} if source is None else {}
+            given = {split: part for split, part in sources.items() if split not in named}
+            origin = {split: fingerprint(part) for split, part in given.items()}
+            if named:
+                classes = config.model.num_classes > 0
+                origin |= origin_of(config.data, data_dir, named, classes=classes)
             source, held_out = sources["train"], sources.get("test")
             for part in sources.values():
                 check_labels(config, part)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import ddpm_jax as ddpm
+from ddpm_jax.data.batches import fingerprint
+from ddpm_jax.data.load import as_source, load_source
 from ddpm_jax.parallel.devices import Devices
+from ddpm_jax.runs.data_origin import read_origin
 from ddpm_jax.training import loop
 from tests.support.processes import assert_bit_equal
 from tests.support.tiny import images, tiny_config
@@ -71,6 +74,22 @@ def test_a_model_of_ones_own_does_what_models_do(whole):
     np.testing.assert_allclose(model.denoise(x_t, 3), float(model.params["kernel"]) * x_t)
     assert model.sample(2, sampler="ddim", steps=2).shape == (2, 4, 4, 1)
     assert np.isfinite(model.bits_per_dim(IMAGES[:2], num_timesteps=2))
+
+
+def test_held_out_images_alone_leave_the_set_of_the_config(tmp_path):
+    """The run remembers where that set is and what it was, and whose its held-out images are."""
+    data = {"name": "digits", "image_size": 8}
+    config = tiny_config(data=data, train=vars(CONFIG.train) | {"steps": 1})
+    mine, devices = images(config, 6), Devices(jax.devices()[:1])
+    own = {"network": linear(), "held_out": mine}
+    assert loop.train(config, tmp_path, data_dir=tmp_path, devices=devices, **own) == 0
+    whole = load_source(config.data, tmp_path, "train")
+    assert read_origin(tmp_path) == {
+        "data_dir": str(tmp_path),
+        "crop": "none",
+        "train": fingerprint(whole),
+        "test": fingerprint(as_source(mine, config.data)),
+    }
 
 
 def test_whose_network_it_is_must_be_said(whole, tmp_path):
