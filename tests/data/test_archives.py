@@ -65,6 +65,19 @@ def test_a_set_is_prepared_from_an_archive(kind, tmp_path, capsys):
     assert "was already prepared" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, image",
+    [
+        ("DCIM/IMG_1.JPG", True),
+        ("DCIM\\IMG_1.Png", True),
+        ("IMG_1.GIF", False),
+        ("DCIM/._IMG_1.JPG", False),
+    ],
+)
+def test_endings_in_capitals_are_those_of_images(name, image):
+    assert archives.is_image(name) is image
+
+
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
 @pytest.mark.parametrize(
     "name", ["../x.png", "a/../../x.png", "/tmp/x.png", "..\\x.png", "C:\\x.png", "\\x.png"]

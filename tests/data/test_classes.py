@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_jax.cli import prepare_data
 from ddpm_jax.config import Config, DataConfig, UNetConfig, validate
-from ddpm_jax.data.classes import names_of_run, numbers_of
+from ddpm_jax.data.classes import classes_of, names_of_run, numbers_of
 from ddpm_jax.data.folder import folder_classes, scan
 from ddpm_jax.data.load import class_names, load_source, load_splits, origin_of
 from ddpm_jax.data.source import SPLITS
@@ -208,6 +208,13 @@ def test_labels_by_name_or_number():
 def test_a_class_that_is_not_there_is_told_with_the_nearest(label, names, count, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         numbers_of([label], names, count)
+
+
+@pytest.mark.parametrize("labels", [-1, [3, -1], 10, np.array([0, 10])])
+def test_numbers_from_python_are_those_of_classes(labels):
+    """One below 0 would take a class from the end."""
+    with pytest.raises(ConfigError, match=r"labels=.*: must be in 0\.\.9"):
+        classes_of(labels, (), 10)
 
 
 def test_an_evaluation_takes_the_names_of_its_run(tmp_path, monkeypatch):

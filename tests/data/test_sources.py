@@ -195,12 +195,44 @@ def test_skip_bad_leaves_out_the_bad_and_moves_no_image_to_the_other_split(
         load_splits(data, "nowhere", SPLITS)
 
 
+def test_bad_records_of_a_set_of_many_blocks_leave_the_rest_as_it_is():
+    """Two of 2,100 records, in the second and the third block of 1,024."""
+    bad = [1050, 2077]
+
+    def decode(record: str, index: int) -> tuple[np.ndarray, int]:
+        if index in bad:
+            raise DataError(f"record {index} does not decode")
+        return np.full((1, 1, 1), int(record) % 251, np.uint8), index
+
+    def fetch(indices: list[int]) -> list[str]:
+        return [str(index) for index in indices]
+
+    records = RecordSource(2100, fetch, decode, (1, 1, 1), labelled=True)
+    left = np.delete(np.arange(2100), bad)
+    memory = source.decode_into_memory(records, "a set", skip_bad=True)
+    assert isinstance(memory, ArraySource)
+    for part in (memory, source.without_bad(records, "a set")):
+        assert len(part) == 2098
+        batch = part.read(np.arange(2098))
+        np.testing.assert_array_equal(batch["label"], left)
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], left % 251)
+    with pytest.raises(BadImages, match="2 of 2,100 .* record 1050 does .* record 2077 does"):
+        source.decode_into_memory(records, "a set")
+
+
 def test_the_held_out_share_of_a_folder_can_be_chosen(tmp_path):
     pixels = write_images(tmp_path, 20)
     data = dataclasses.replace(folder_config(tmp_path), held_out_every=8)
     train, test = load_splits(data, "nowhere", SPLITS)
     np.testing.assert_array_equal(test.images, pixels[[7, 15]])
     np.testing.assert_array_equal(train.images, np.delete(pixels, [7, 15], axis=0))
+
+
+def test_endings_in_capitals_are_those_of_images(tmp_path):
+    for name in ("IMG_1.JPG", "b.Png", "c.png", "d.GIF"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = scan(tmp_path)
+    assert listing.names() == ["IMG_1.JPG", "b.Png", "c.png"] and listing.left_out == {".gif": 1}
 
 
 def test_what_a_folder_leaves_out_is_counted_and_said(tmp_path, capfd):
