@@ -29,7 +29,7 @@ from ddpm_jax.config import (
 from ddpm_jax.data import decoding
 from ddpm_jax.data.classes import some_of
 from ddpm_jax.data.folder import HELD_OUT_EVERY, folder_classes, scan, split_folder
-from ddpm_jax.errors import DataError
+from ddpm_jax.errors import DataError, check
 from ddpm_jax.machine import memory
 from ddpm_jax.parallel.devices import Devices
 
@@ -84,7 +84,8 @@ def choose_config(
     """Choose a config for training on the images under `folder`.
 
     Args:
-      image_size: the side of the images that the network sees, after any border.
+      image_size: the side of the images that the network sees, after any border; what `overrides`
+        say of data.image_size is the same.
       overrides: `section.field=value` each; they win over what is chosen.
 
     Returns:
@@ -96,18 +97,22 @@ def choose_config(
     """
     overrides = list(overrides)
     said = {item.partition("=")[0] for item in overrides}
+    if "data.image_size" in said:
+        said.add("image_size")
+        image_size = _asked_size(image_size, overrides)
     listing = scan(folder)
     paths, survey = listing.images, survey_images(listing.images)
     classes = folder_classes(listing) if "data.classes=true" in overrides else ()
     fast = devices.devices[0].platform != "cpu"
     data, why = choose_data(folder, survey, image_size, fast, "data.skip_bad=true" in overrides)
+    side = min(data.sides)
     config = Config(
         data=data,
         model=choose_network(data.image_size, fast, len(classes)),
         diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
         loss=LossConfig(weighting="min_snr"),
-        optimizer=choose_optimizer(data.image_size, fast),
-        train=choose_training(data.image_size, fast, len(devices.devices)),
+        optimizer=choose_optimizer(side, fast),
+        train=choose_training(side, fast, len(devices.devices)),
         sampling=SamplingConfig() if fast else SamplingConfig(sampler="ddim", steps=50),
     )
     for item in overrides:
@@ -118,6 +123,18 @@ def choose_config(
         config.train.eval_images = min(held_out, config.train.eval_images)
     choices = [*why, *_explain_classes(config, classes), *_explain(config, fast, held_out)]
     return config, [choice for choice in choices if choice.field not in said]
+
+
+def _asked_size(image_size: int | None, overrides: Sequence[str]) -> int | tuple[int, int]:
+    """Return the size that the last override of data.image_size asks for."""
+    config = Config()
+    for item in overrides:
+        if item.partition("=")[0] == "data.image_size":
+            override(config, item)
+    size = config.data.image_size
+    others = f"image_size={image_size}, and config.data.image_size={size}: leave one of them out"
+    check(image_size in (None, size), others)
+    return size
 
 
 def survey_images(paths: Sequence[Path]) -> Survey:
@@ -145,13 +162,19 @@ def survey_images(paths: Sequence[Path]) -> Survey:
 
 
 def choose_data(
-    folder: Path, survey: Survey, image_size: int | None, fast: bool, skip_bad: bool
+    folder: Path,
+    survey: Survey,
+    image_size: int | tuple[int, int] | None,
+    fast: bool,
+    skip_bad: bool,
 ) -> tuple[DataConfig, list[Choice]]:
     """Choose the form of the images: crop, size, border, channels, flips and held-out share."""
     limit = 64 if fast else 32
     side, one = survey.smallest_side(0.05 if skip_bad else 0.0), survey.one_size
     square = one is not None and one[0] == one[1]
     padding, crop = 0, "celeba64" if one == ALIGNED else "center"
+    if isinstance(image_size, tuple):
+        crop = "none" if one == image_size[::-1] else "center"
     if square and image_size in (None, side) and side <= max(limit, image_size or 0):
         crop = "none"
         if side % 8 and side % 2 == 0 and image_size is None:
@@ -164,10 +187,10 @@ def choose_data(
         size = next((size for size in SIZES if size <= min(side, limit)), side)
         machine = "" if fast else ", and more takes a CPU days"
         reason = f"the smallest side of an image is {side}{machine}"
-    if size % 2 and crop == "none" and image_size is None:  # a network halves the size
+    if image_size is None and crop == "none" and size % 2:  # a network halves the size
         size, crop = size - 1, "center"
         reason = f"the images are {side}x{side}, shrunk by one pixel"
-    pixels = survey.count * size**2 * (1 if survey.grey else 3)
+    pixels = survey.count * int(np.prod(np.broadcast_to(size, 2))) * (1 if survey.grey else 3)
     data = DataConfig(
         name="folder",
         path=str(folder),
@@ -189,23 +212,25 @@ def choose_data(
     ]
 
 
-def choose_network(size: int, fast: bool, classes: int = 0) -> UNetConfig:
+def choose_network(size: int | tuple[int, int], fast: bool, classes: int = 0) -> UNetConfig:
     """Choose the paper's network for this size, or on a CPU the small one of the configs.
 
-    Levels are added while the size can be halved, down to 4 pixels (8 on a CPU). Where there are
-    classes, a label in ten is hidden, so that samples can be guided.
+    Levels are added while the size can be halved, down to 4 pixels of the shorter side (8 on a
+    CPU). Where there are classes, a label in ten is hidden, so that samples can be guided.
     """
     labels = {"num_classes": classes, "label_dropout": 0.1 if classes else 0.0}
-    sizes = [size]
-    while sizes[-1] % 2 == 0 and (sizes[-1] > (4 if fast else 8) or len(sizes) < 2):
-        sizes.append(sizes[-1] // 2)
-    sizes = sizes[:6]
+    sides = np.broadcast_to(size, 2)
+    levels = [sides]
+    while not np.any(levels[-1] % 2) and (min(levels[-1]) > (4 if fast else 8) or len(levels) < 2):
+        levels.append(levels[-1] // 2)
+    # Attention goes by the height, and is chosen by the shorter side.
+    sizes = {int(level[0]): int(min(level)) for level in levels[:6]}
     if not fast:
         return UNetConfig(
             base_channels=32,
             channel_mult=(1, 2, 4, 4, 4, 4)[: len(sizes)],
             blocks_per_level=1,
-            attention_resolutions=tuple(s for s in sizes if 4 <= s <= 8)[:1],
+            attention_resolutions=tuple(h for h, s in sizes.items() if 4 <= s <= 8)[:1],
             group_norm_groups=16,
             dropout=0.0,
             **labels,
@@ -214,7 +239,7 @@ def choose_network(size: int, fast: bool, classes: int = 0) -> UNetConfig:
     return UNetConfig(
         base_channels=128,
         channel_mult=mults.get(len(sizes), (1, 2, 2, 2)[: len(sizes)]),
-        attention_resolutions=tuple(s for s in sizes if 8 < s <= 16),
+        attention_resolutions=tuple(h for h, s in sizes.items() if 8 < s <= 16),
         dtype="bfloat16",
         **labels,
     )

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -89,6 +90,41 @@ def test_what_one_says_wins_and_is_not_said_again(tmp_path):
     )
     assert (config.data.image_size, config.data.flip, config.seed) == (48, False, 3)
     assert "data.flip" not in {choice.field for choice in choices}
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_a_size_may_be_said_by_either_name(tmp_path, size):
+    """All that goes by the size is chosen for the one that is said, and it is not said again."""
+    write(tmp_path / "in", 4, 50, 50)
+    by_flag, choices = choose_config(tmp_path / "in", one_device(), image_size=size)
+    overrides = ["data.image_size=64", f"data.image_size={size}"]
+    by_field, others = choose_config(tmp_path / "in", one_device(), overrides=overrides)
+    assert by_field == by_flag and by_field.data.image_size == size
+    assert others == [choice for choice in choices if choice.field != "image_size"]
+    with pytest.raises(ConfigError, match=f"image_size=8, and config.data.image_size={size}: lea"):
+        choose_config(tmp_path / "in", one_device(), image_size=8, overrides=overrides)
+    with pytest.raises(ConfigError, match="config.data.image_size=large: must be int"):
+        choose_config(tmp_path / "in", one_device(), overrides=["data.image_size=large"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("size, crop", [((32, 64), "none"), ((64, 32), "center"), ((36, 40), None)])
+def test_a_pair_of_sides_is_chosen_for_by_the_shorter_one(tmp_path, fast, size, crop):
+    write(tmp_path / "in", 4, 64, 32)
+    devices = one_device()
+    if fast:
+        devices = SimpleNamespace(devices=[SimpleNamespace(platform="gpu")])
+    overrides = [f"data.image_size={size[0]},{size[1]}"]
+    config, choices = choose_config(tmp_path / "in", devices, overrides=overrides)
+    assert config.data.image_size == size and config.data.crop == crop or crop is None
+    assert config.optimizer == choose_optimizer(min(size), fast)
+    assert config.train.batch_size == choose_training(min(size), fast, 1).batch_size
+    square = choose_network(min(size), fast)
+    assert len(config.model.channel_mult) == len(square.channel_mult)
+    scale = size[0] // min(size)
+    expected = tuple(scale * side for side in square.attention_resolutions)
+    assert config.model.attention_resolutions == expected
+    abstract_params(config)
 
 
 def test_what_is_measured_is_of_what_is_held_out(tmp_path):
