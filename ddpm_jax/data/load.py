@@ -12,7 +12,7 @@ The set "digits" holds out every tenth example. A folder holds out every fiftiet
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
 
     Args:
       what: an array uint8 [N,h,w,c]; a pair of it and its labels [N]; a function that returns an
-        iterable of arrays (see Stream); or a source, which is returned as it is.
+        iterable of arrays (see Stream); or a source.
       data: what the images must be: image_size and channels. Its padding and crop are for sets
         that are read from disk.
       name: of the argument, for messages.
@@ -153,9 +153,14 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
         )
     if callable(what):
         source: Any = Stream(what)
-    elif hasattr(what, "read") or isinstance(what, Stream):
+    elif isinstance(what, Stream):
         source = what
+    elif hasattr(what, "read") and type(what) is not ArraySource:
+        source = what
+        check_images(name, source.read(np.arange(min(1, len(source))))["image"])
     else:
+        if type(what) is ArraySource:
+            what = what.images if what.labels is None else (what.images, what.labels)
         images, labels = what if isinstance(what, tuple) and len(what) == 2 else (what, None)
         images = np.asarray(images)
         check_images(name, images)
@@ -180,19 +185,27 @@ def own_sources(
     """Open the images that were given, and those of `config.data` where one of the two was not.
 
     Raises:
-      DataError: see `load_source` and `as_source`; or held-out images that are a stream, or are
-        missing beside a source of one's own.
+      DataError: see `load_source` and `as_source`; held-out images that are a stream, or are
+        missing beside a source of one's own; or labels for a network without classes.
     """
     wanted = config.train.eval_images > 0
     if source is None:
-        (source,) = load_splits(config.data, data_dir, ["train"])
+        (own,) = load_splits(config.data, data_dir, ["train"])
     elif held_out is None and wanted:
         raise DataError("held_out: give images that are not trained on, or train.eval_images=0")
-    sources = {"train": as_source(source, config.data)}
+    sources = {"train": own if source is None else as_source(source, config.data)}
     if wanted:
         sources["test"] = as_source(held_out, config.data, "held_out")
         if isinstance(sources["test"], Stream):
             raise DataError("held_out: a stream has no end: give an array")
+    for name, what, part in zip(("source", "held_out"), (source, held_out), sources.values()):
+        # A source may have labels that nobody asked for, as those of data sets do.
+        given = part.labelled and isinstance(what, (tuple, Callable))
+        if given and config.model.num_classes == 0:
+            raise DataError(
+                f"{name} has labels, and the network no classes, config.model.num_classes=0: set "
+                "model.num_classes, or leave the labels out"
+            )
     return sources
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import ddpm_jax as ddpm
 from ddpm_jax.data.batches import fingerprint
-from ddpm_jax.data.load import as_source, load_source
+from ddpm_jax.data.load import as_source, load_source, own_sources
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.data_origin import read_origin
 from ddpm_jax.training import loop
@@ -41,6 +41,22 @@ def mixed() -> ddpm.Network:
 def stream():
     for start in (0, 13, 30):  # of no size in particular
         yield IMAGES[start : {0: 13, 13: 30, 30: 40}[start]]
+
+
+def labelled_stream():
+    yield {"image": IMAGES, "label": np.zeros(len(IMAGES), int)}
+
+
+class Floats:
+    """A source of somebody's own, in [-1, 1] as networks take images."""
+
+    image_shape, labelled = (4, 4, 1), False
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def read(self, indices) -> dict:
+        return {"image": (IMAGES[indices] / 127.5 - 1).astype(np.float32)}
 
 
 def train(folder, steps: int, **own) -> None:
@@ -92,6 +108,21 @@ def test_held_out_images_alone_leave_the_set_of_the_config(tmp_path):
     }
 
 
+def test_a_run_goes_on_with_the_images_that_it_began_with(tmp_path):
+    """In their order: from it follows what a step trains on, and which image a held-out loss has."""
+    train(tmp_path, 1, source=IMAGES)
+    for own in (
+        {"source": IMAGES[::-1]},
+        {"source": IMAGES, "held_out": IMAGES[6:12]},
+        {"source": IMAGES, "held_out": IMAGES[5::-1]},
+    ):
+        with pytest.raises(ddpm.UserError, match="has other images than when the run in .* began"):
+            train(tmp_path, 2, **own)
+    assert ddpm.load(tmp_path, network=linear()).step == 1
+    train(tmp_path, 2, source=IMAGES.copy(), held_out=IMAGES[:6].copy())
+    assert ddpm.load(tmp_path, network=linear()).step == 2
+
+
 def test_whose_network_it_is_must_be_said(whole, tmp_path):
     with pytest.raises(ddpm.UserError, match="network is not in its config: from Python, give net"):
         ddpm.load(whole)
@@ -113,6 +144,19 @@ def test_whose_network_it_is_must_be_said(whole, tmp_path):
         ({"source": (IMAGES, [1, 2])}, "one label for each"),
         ({"source": (IMAGES, [0.5] * len(IMAGES))}, "labels are float64: must be whole numbers"),
         ({"source": "images"}, "source is <U6"),
+        ({"source": ddpm.ArraySource(IMAGES / 255)}, "source is float64 .*: must be images uint8"),
+        ({"source": ddpm.ArraySource(IMAGES, np.ones(3, int))}, "one label for each"),
+        ({"source": Floats()}, "source is float32 .*: must be images uint8"),
+        ({"source": IMAGES, "held_out": ddpm.ArraySource(IMAGES / 255)}, "held_out is float64"),
+        (
+            {"source": (IMAGES, [0] * len(IMAGES))},
+            "source has labels, .*num_classes=0: set model.num_classes, or leave the labels out",
+        ),
+        (
+            {"source": IMAGES, "held_out": (IMAGES, [0] * len(IMAGES))},
+            "held_out has labels, .* config.model.num_classes=0: set model.num_classes",
+        ),
+        ({"source": labelled_stream}, "source has labels, .* leave the labels out"),
         ({"source": IMAGES, "network": jnp.tanh}, "must be a Flax module"),
         (
             {"source": IMAGES, "network": mixed()},
@@ -124,3 +168,13 @@ def test_what_cannot_be_trained_on_is_said_before_anything_is_written(own, messa
     with pytest.raises(ddpm.UserError, match=message) as error:
         train(tmp_path / "run", 4, **own)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_labels_that_came_with_a_source_are_left_alone(tmp_path):
+    """Those of a data set, which a network without classes has no need of."""
+    config = tiny_config(data={"name": "digits", "image_size": 8})
+    digits = load_source(config.data, tmp_path, "train")
+    sources = own_sources(config, tmp_path, digits, digits.images[:6])
+    assert sources["train"].labelled and not sources["test"].labelled
+    classes = tiny_config(model={"num_classes": 10})
+    assert own_sources(classes, tmp_path, (digits.images, digits.labels), digits)["train"].labelled
