@@ -106,6 +106,13 @@ class Inputs:
         return f"{trained.tag}_{sampler}{chain_steps(trained.config)}_seed{seed}"
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return the shape [h,w,c] of the samples, drawn or not."""
+        if self.given is not None:
+            return self.given.shape
+        return (*self.data.sides, self.data.channels)
+
+    @property
     def about_network(self) -> dict[str, Any]:
         """Return what any record of the network says first, whatever the samples are."""
         trained = self.trained

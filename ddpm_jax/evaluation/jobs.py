@@ -24,6 +24,7 @@ from ddpm_jax.evaluation import (
 from ddpm_jax.evaluation.inputs import Inputs
 from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
 from ddpm_jax.evaluation.options import METRICS, EvaluationOptions, check
+from ddpm_jax.evaluation.references import Reference
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.evaluations import NAME, append_evaluation
@@ -46,26 +47,59 @@ def evaluate(options: EvaluationOptions, devices: Devices | None = None) -> list
     """
     check(bool(options.metrics), f"metrics: name any of {', '.join(METRICS)}")
     job = _Job(Inputs(options, devices or Devices()))
+    job.open()
     if "nll" in options.metrics:
         job.measure_nll()
     if "reconstruction" in options.metrics:
         job.measure_reconstruction()
-    of_inception = [name for name in quality.METRICS if name in options.metrics]
-    if of_inception:
-        job.measure_quality(of_inception)
+    if job.of_inception:
+        job.measure_quality()
     if "pixels" in options.metrics:
         job.measure_pixels()
     if "audit" in options.metrics:
-        job.audit(in_features=bool(of_inception) or options.inception is not None)
+        job.audit()
     print(f"appended to {job.inputs.place / NAME}", flush=True)
     return job.records
 
 
 class _Job:
-    """The metrics of one evaluation, and their records."""
+    """The metrics of one evaluation, and their records.
+
+    Attributes:
+      of_inception: those of Inception's features.
+      audit_features: whether an audit looks at features, too.
+      reference: what samples are compared with; on the first host alone, and None for "is" alone.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.records = inputs, []
+        self.inputs, self.records, options = inputs, [], inputs.options
+        self.of_inception = [name for name in quality.METRICS if name in options.metrics]
+        self.audit_features = bool(self.of_inception) or options.inception is not None
+        self.reference: Reference | None = None
+
+    def open(self) -> None:
+        """Open all that the metrics need but the samples, which may take hours to draw.
+
+        Raises:
+          UserError: what is missing, or does not serve.
+        """
+        inputs, options, metrics = self.inputs, self.inputs.options, {*self.inputs.options.metrics}
+        splits = {options.split} if metrics & {"nll", "reconstruction"} else set()
+        if "pixels" in metrics:
+            named = options.reference
+            check(named in SPLITS, f"reference={named}: pixels are compared with train or test")
+            splits.add(named)
+        for split in SPLITS:  # in the same order on all hosts
+            if split in splits or "audit" in metrics:
+                inputs.source(split)
+        if self.of_inception or ("audit" in metrics and self.audit_features):
+            weights = inputs.extractor.weights
+            quality.check_weights(weights, self.of_inception, options.features)
+        if self.of_inception not in ([], ["is"]):
+            self.reference = inputs.reference()
+            with hosts.together():
+                if self.reference is not None:
+                    quality.check_reference(self.reference, inputs.image_shape, self.of_inception)
 
     def record(self, report: Callable[[], list[Record]]) -> None:
         """Append what `report` returns; it runs on the first host, and must not wait for others."""
@@ -116,13 +150,11 @@ class _Job:
 
         self.record(report)
 
-    def measure_quality(self, metrics: list[str]) -> None:
-        options, extractor = self.inputs.options, self.inputs.extractor
+    def measure_quality(self) -> None:
+        options, extractor, reference = self.inputs.options, self.inputs.extractor, self.reference
         tap = options.features
-        quality.check_weights(extractor.weights, metrics, tap)
-        reference = self.inputs.reference() if metrics != ["is"] else None
         runs = [
-            quality.measure(extractor, samples, reference, metrics, tap)
+            quality.measure(extractor, samples, reference, self.of_inception, tap)
             for samples in self.inputs.samples
         ]
 
@@ -141,13 +173,12 @@ class _Job:
 
     def measure_pixels(self) -> None:
         split = self.inputs.options.reference
-        check(split in SPLITS, f"reference={split}: pixels are compared with train or test")
         samples = self.inputs.samples[0]
         real = self.inputs.split(split, self.inputs.options.reference_images)
         whole, about = real.count == len(self.inputs.source(split)), self.inputs.about_samples
         self.record(lambda: [pixels.report(samples, real, split, about, whole=whole)])
 
-    def audit(self, *, in_features: bool) -> None:
+    def audit(self) -> None:
         """Search in pixels, and in the deepest features there are up to those asked for."""
         options, samples = self.inputs.options, self.inputs.samples[0]
         sets = memorisation.AuditSets(
@@ -162,7 +193,7 @@ class _Job:
             return memorisation.report(audit, sets, space, path, self.inputs.about_samples) | seen
 
         self.record(lambda: [report(memorisation.audit_pixels(sets, progress=True), "pixels", {})])
-        if in_features:
+        if self.audit_features:
             extractor = self.inputs.extractor
             tap = extractor.weights.deepest(options.features)
             audit = memorisation.audit_features(extractor, tap, sets)

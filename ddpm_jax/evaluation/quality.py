@@ -67,7 +67,7 @@ def check_weights(weights: InceptionWeights, metrics: Sequence[str], tap: str) -
             weights.require(needed, names[metric])
 
 
-def check_count(count: int, metrics: Sequence[str]) -> None:
+def check_count(count: int, metrics: Sequence[str], what: str = "images") -> None:
     """Raise EvaluationError if `count` samples, or real images, are too few for `metrics`.
 
     It is for the time before anything is drawn.
@@ -80,12 +80,17 @@ def check_count(count: int, metrics: Sequence[str]) -> None:
         ("prdc", "precision and recall", DENSITY_K + 1),
     ):
         if metric in metrics and count < least:
-            raise EvaluationError(f"{name}: {count} images; at least {least} are needed")
+            raise EvaluationError(f"{name}: {count} {what}; at least {least} are needed")
 
 
-def check_reference(reference: Reference, images: ImageSet, metrics: Sequence[str]) -> None:
-    """Raise EvaluationError unless `metrics` of `images` can be measured against `reference`."""
-    references.check_size(reference, images)
+def check_reference(
+    reference: Reference, shape: tuple[int, int, int], metrics: Sequence[str]
+) -> None:
+    """Raise EvaluationError unless `metrics` of images [h,w,c] can be measured against `reference`.
+
+    It is for the time before anything is drawn.
+    """
+    references.check_size(reference, shape)
     if "sfid" in metrics and reference.spatial is None:
         raise EvaluationError(
             "sFID: the reference has no mu_s and sigma_s; build one with build_reference"
@@ -96,6 +101,8 @@ def check_reference(reference: Reference, images: ImageSet, metrics: Sequence[st
                 f"{name}: the reference has moments only, no features; "
                 "build one with build_reference"
             )
+        if metric in metrics:
+            check_count(len(reference.features), [metric], "images of the reference")
 
 
 def measure(
@@ -120,7 +127,7 @@ def measure(
     is_main = extractor.devices.is_main
     with hosts.together():
         if is_main and reference is not None:
-            check_reference(reference, images, metrics)
+            check_reference(reference, images.shape, metrics)
     features = extract(extractor, images, metrics, tap)
     with hosts.together():
         return score(features, reference, metrics, tap) if is_main else []

@@ -253,12 +253,12 @@ def check(
             )
 
 
-def check_size(reference: Reference, images: ImageSet) -> None:
-    """Raise EvaluationError where `images` are known to have another size than the reference's."""
+def check_size(reference: Reference, shape: tuple[int, int, int]) -> None:
+    """Raise EvaluationError where images [h,w,c] are known to have another size than these."""
     size = reference.provenance.get("images", {}).get("image_size")
     if size is None:
         return
-    (height, width, _), (tall, wide) = images.shape, np.broadcast_to(size, 2)
+    (height, width, _), (tall, wide) = shape, np.broadcast_to(size, 2)
     if (height, width) != (tall, wide):
         raise EvaluationError(
             f"samples are {width}x{height}, the reference is of {wide}x{tall} images: {REBUILD}"
