@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,9 +20,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import ddpm_jax as ddpm
+from ddpm_jax import model as model_module
 from ddpm_jax.build import abstract_params, denoiser
 from ddpm_jax.cli import evaluate, sample
-from ddpm_jax.config import Config, DataConfig, UNetConfig
+from ddpm_jax.config import Config, DataConfig, SamplingConfig, UNetConfig
 from ddpm_jax.data.load import load_source
 from ddpm_jax.figures.reconstruction import reconstruction
 from ddpm_jax.files import read_json
@@ -29,8 +32,9 @@ from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.sampling.sampler import with_sampling
-from ddpm_jax.trained import SHIPPED, names, open_trained, unpack
+from ddpm_jax.trained import SHIPPED, Trained, names, open_trained, unpack
 from ddpm_jax.training import loop
+from ddpm_jax.training.origin import Origin
 from ddpm_jax.weights import files
 from ddpm_jax.weights.detect import layout_of
 from ddpm_jax.weights.exporting import export_weights
@@ -189,6 +193,54 @@ def test_lists_and_whole_floats_of_a_config_from_python_are_taken(run, tmp_path)
         ddpm.train("digits", workdir)
 
 
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[SamplingConfig, dict]]:
+    """What generators are built for, in place of building them; each draws zeros."""
+    built = []
+
+    def build(config: Config, devices: Devices, **how: object) -> SimpleNamespace:
+        built.append((config.sampling, how))
+        shape = CONFIG.data.sides
+        return SimpleNamespace(draw=lambda params, *, indices, **_: np.zeros((1, *shape, 1)))
+
+    monkeypatch.setattr(model_module, "build_generator", build)
+    return built
+
+
+def bare(**sampling: object) -> ddpm.Model:
+    """A model without parameters, of a run that samples so."""
+    config = dataclasses.replace(CONFIG, sampling=SamplingConfig(**sampling))
+    return ddpm.Model(Trained(config, {}, "raw", 0), Devices())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "deis", "steps": 4, "order": 3},
+        {"sampler": "ddim", "steps": 5, "spacing": "trailing", "eta": 0.5},
+        {"sampler": "unipc", "steps": 3, "spacing": "logsnr", "order": 2},
+        {"steps": 0},
+        {},
+    ],
+)
+def test_a_chain_is_the_one_that_was_asked_for(asked, options):
+    own = {"sampler": "ddim", "steps": 7, "spacing": "quadratic"}
+    bare(**own).sample(1, labels=1, **options)
+    ((chain, _),) = asked
+    assert chain == SamplingConfig(**own | options)
+
+
+def test_codes_are_of_a_chain_that_can_be_turned_round(asked):
+    """Whatever the run samples by: without noise, clip and threshold."""
+    ours = bare(sampler="ddim", eta=0.7, steps=6, dynamic_threshold=0.9)
+    ours.encode(images(CONFIG, 1), labels=1)
+    ours.decode(np.zeros((1, 8, 8, 1)), steps=4, labels=1)
+    (there, first), (back, second) = asked
+    expected = SamplingConfig(sampler="ddim", eta=0.0, steps=6, clip=False)
+    assert there == expected and first["inverted"] is True
+    assert back == dataclasses.replace(expected, steps=4) and second["inverted"] is False
+
+
 def test_bits_per_dim_are_those_of_the_command(run, tiny, tmp_path):
     flags = [f"--workdir={run}", "--metrics=nll", "--num_images=6", "--num_timesteps=3", "--seed=4"]
     evaluate.main([*flags, f"--data_dir={tmp_path}"])
@@ -229,6 +281,7 @@ def test_denoise_takes_numpy_and_serves_the_maths(tiny):
         (lambda m: m.sample(0, labels=1), "n=0: must be at least 1"),
         (lambda m: m.sample(1, seed=-1, labels=1), "seed=-1: must be in"),
         (lambda m: m.sample(1, labels=10), "labels=10: must be in 0..9"),
+        (lambda m: m.sample(1, labels=-1), "labels=-1: must be in 0..9"),
         (lambda m: m.sample(1, labels=[]), r"labels=\[\]: must be in 0..9"),
         (lambda m: m.sample(1, labels=[[1], [2, 3]]), r"labels=.*: must be in 0..9"),
         (lambda m: m.sample(1, labels=1.5), "labels=1.5: must be in 0..9"),
@@ -355,3 +408,24 @@ def test_a_training_that_was_stopped_raises(code, error, monkeypatch, tmp_path):
     with pytest.raises(error) as raised:
         ddpm.train(CONFIG, tmp_path / "run")
     assert error is KeyboardInterrupt or raised.value.code == 143
+
+
+def test_a_training_is_told_all_that_was_said(monkeypatch, tmp_path):
+    said = []
+
+    def train(config, workdir, **options):
+        said.append((config, workdir, options))
+        return 143
+
+    monkeypatch.setattr(loop, "train", train)
+    own = {"network": object(), "source": object(), "held_out": object()}
+    run = tmp_path / "other"
+    with pytest.raises(SystemExit):
+        ddpm.train(CONFIG, tmp_path / "run", tmp_path, step=7, from_=f"{run}:2", **own)
+    with pytest.raises(SystemExit):
+        ddpm.train(CONFIG, str(tmp_path / "run"), str(tmp_path), step="best", **own)
+    (_, _, first), (config, workdir, second) = said
+    own["data_dir"] = tmp_path
+    assert first == own | {"parent": Origin(run, 2), "step": 7}
+    assert second == own | {"parent": None, "step": "best"}
+    assert config == CONFIG and workdir == tmp_path / "run"

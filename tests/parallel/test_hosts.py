@@ -96,3 +96,24 @@ def test_tpus_of_no_pod_are_alone_and_a_pod_that_does_not_come_is_an_error(
     else:
         hosts.join()
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "environment, all_devices",
+    [
+        ({}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4,2"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+    ],
+)
+def test_a_process_alone_on_its_machine_has_all_its_devices(monkeypatch, environment, all_devices):
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._local_devices() == ([] if all_devices else None)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.batches import TrainBatches
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.errors import ConfigError, ShardError, WorkdirError
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.storage import WHOLE, content_hashes, quiet_storage_threads
@@ -251,6 +253,16 @@ def test_a_run_keeps_its_best(tmp_path):
     with Checkpoints.reading(tmp_path / "run") as checkpoints:
         assert checkpoints.steps() == sorted({best, 6}) and checkpoints.best() == best
     assert open_trained(tmp_path / "run", Devices(jax.devices()[:1]), step="best").step == best
+
+
+def test_a_run_keeps_every_so_many(tmp_path):
+    """And its newest: whatever else is written goes."""
+    fields = {"steps": 5, "eval_images": 0, "checkpoint_every": 1, "keep_checkpoints": 1}
+    config = tiny_config(train=fields | {"keep_every": 2})
+    small = Network(lambda key: {"x": jnp.ones(())}, lambda params, x_t, *_: params["x"] * x_t)
+    assert train_here(config, tmp_path / "run", network=small) == 0
+    with Checkpoints.reading(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------- NaN

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddpm_jax as ddpm
 from ddpm_jax import images
 from ddpm_jax.build import build_model
 from ddpm_jax.config import Config
@@ -21,7 +22,7 @@ from ddpm_jax.sampling.generate import build_generator
 from ddpm_jax.training import loop
 from ddpm_jax.training.monitor import HeldOut
 from ddpm_jax.training.state import TrainState, init_state
-from tests.support.processes import final_state, metrics
+from tests.support.processes import assert_bit_equal, final_state, metrics
 from tests.support.steps import mapped_step, plain_step
 from tests.support.tiny import images as random_images
 from tests.support.tiny import tiny_config
@@ -107,18 +108,25 @@ def test_the_loop_takes_its_steps_on_the_images_of_its_seed(run: Run) -> None:
         np.testing.assert_allclose(second[name], rows[2][name], rtol=1e-5, err_msg=name)
 
 
+def held_out_keys(seed: int, stream: int, count: int) -> list[jax.Array]:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), 0)
+    return [jax.random.fold_in(key, image) for image in range(count)]
+
+
+def held_out_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    keys = held_out_keys(seed, HELD_OUT_NOISE, shape[0])
+    return np.stack([jax.random.normal(key, shape[1:]) for key in keys])
+
+
 def test_held_out_losses_are_means_over_the_first_images_at_the_averaged_weights(run: Run) -> None:
     """Twenty of thirty images in batches of sixteen: each counts once, at noise of its own."""
     config, count = run.config, run.config.train.eval_images
     assert count == 20
     x0 = run.sources["test"].images[:count] / 127.5 - 1
-
-    def keys(stream: int) -> list[jax.Array]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(9), stream), 0)
-        return [jax.random.fold_in(key, image) for image in range(count)]
-
-    t = np.array([jax.random.randint(key, (), 0, 8) for key in keys(HELD_OUT_TIMESTEPS)])
-    eps = np.stack([jax.random.normal(key, x0.shape[1:]) for key in keys(HELD_OUT_NOISE)])
+    t = np.array(
+        [jax.random.randint(key, (), 0, 8) for key in held_out_keys(9, HELD_OUT_TIMESTEPS, count)]
+    )
+    eps = held_out_noise(9, x0.shape)
     signal2 = np.cumprod(1 - np.linspace(1e-4, 0.4, 8))[t][:, None, None, None]
     x_t = np.float32(np.sqrt(signal2) * x0 + np.sqrt(1 - signal2) * eps)
     apply = jax.jit(lambda params: build_model(config).apply({"params": params}, x_t, t))
@@ -131,6 +139,25 @@ def test_held_out_losses_are_means_over_the_first_images_at_the_averaged_weights
     written = [row["held_out_loss"] for row in metrics(run.workdir) if "held_out_loss" in row]
     np.testing.assert_allclose(written, [losses[2, "ema"], losses[LAST, "ema"]], rtol=1e-5)
     assert abs(losses[2, "raw"] / losses[2, "ema"] - 1) > 1e-3  # the two would be told apart
+
+
+def test_held_out_losses_are_of_the_class_of_each_image() -> None:
+    """A network whose output is its label: mean_i |eps_i - label_i|^2, by hand."""
+    config = tiny_config(
+        model={"num_classes": 3, "label_dropout": 0.5}, train={"eval_images": 5, "batch_size": 4}
+    )
+    config.seed = 4
+    labels = np.array([2, 0, 1, 2, 0], np.int32)
+    network = ddpm.Network(
+        lambda key: {},
+        lambda params, x_t, t, labels, dropout: jnp.broadcast_to(
+            labels[:, None, None, None].astype(jnp.float32), x_t.shape
+        ),
+    )
+    source = ArraySource(random_images(config, 5), labels)
+    eps = held_out_noise(4, source.images.shape).astype(np.float64)
+    expected = np.mean((eps - labels[:, None, None, None]) ** 2)
+    np.testing.assert_allclose(HeldOut(config, ONE, source, network)({}), expected, rtol=1e-5)
 
 
 def test_held_out_losses_are_the_same_on_any_devices(run: Run) -> None:
@@ -158,6 +185,19 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(run: Run) -> No
     losses = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
     with Checkpoints.reading(run.workdir) as checkpoints:
         assert checkpoints.best() == min(losses, key=losses.__getitem__)
+
+
+def test_what_is_opened_by_weights_and_step_is_what_was_saved(run: Run) -> None:
+    last, first = run.state(LAST), run.state(2)
+    for weights, step, params, note in (
+        ("raw", LAST, last.params, "raw"),
+        ("0.9", LAST, last.ema["0.9"], "ema 0.9"),
+        ("ema", 2, first.ema["0.5"], "ema 0.5"),
+        ("raw", 2, first.params, "raw"),
+    ):
+        opened = ddpm.load(run.workdir, weights, step)
+        assert (opened.weights, opened.step) == (note, step)
+        assert_bit_equal(opened.params, params)
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_changes_only_the_counters() -> None:

@@ -43,9 +43,11 @@ def test_the_learning_rate_is_right_at_every_update(schedule, final, warmup):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
 
 
-def test_adamw_is_adam_and_a_decay_of_its_own():
+@pytest.mark.parametrize("epsilon", [1e-8, 0.1])
+def test_adamw_is_adam_and_a_decay_of_its_own(epsilon):
     """Written out in float64: the decay sees the parameter, not the gradient, its clip or its moments."""
     options = {"beta1": 0.8, "beta2": 0.9, "warmup_steps": 2, "schedule": "linear"}
+    options["epsilon"] = epsilon
     config = OptimizerConfig(learning_rate=RATE, weight_decay=0.3, **options)
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
@@ -64,7 +66,7 @@ def test_adamw_is_adam_and_a_decay_of_its_own():
         g = np.concatenate([gradient["kernel"].ravel(), gradient["bias"]])
         g = g / max(1, np.sqrt(g @ g) / config.gradient_clip)
         m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
-        adam = m / (1 - 0.8 ** (n + 1)) / (np.sqrt(v / (1 - 0.9 ** (n + 1))) + 1e-8)
+        adam = m / (1 - 0.8 ** (n + 1)) / (np.sqrt(v / (1 - 0.9 ** (n + 1))) + epsilon)
         (rate,) = rates("linear", 2, 0.0, 8, np.array([n]))
         p = (1 - rate * 0.3) * p - rate * adam
     got = np.concatenate([params["kernel"].ravel(), params["bias"]])
