@@ -1,6 +1,7 @@
 """Plot curves of metrics.jsonl, one line a run.
 
-The curves are the training loss and the held-out loss unless --metrics names others.
+The curves are the training loss and the held-out loss, where a run has them, unless --metrics names
+others.
 """
 
 import argparse
@@ -29,9 +30,8 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FILE", help="a .png")
     add(
         "--metrics",
-        default="loss,held_out_loss",
         metavar="A,B",
-        help="names in metrics.jsonl (default: loss,held_out_loss)",
+        help="names in metrics.jsonl (default: loss and held_out_loss, where there are both)",
     )
     add("--log", action="store_true", help="logarithmic values")
     return command
@@ -40,5 +40,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parser().parse_args(argv)
-    plot_curves(options.workdir, options.metrics.split(","), options.output, log=options.log)
+    names = None if options.metrics is None else options.metrics.split(",")
+    plot_curves(options.workdir, names, options.output, log=options.log)
     print(f"wrote {options.output}")

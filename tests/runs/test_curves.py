@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_jax.errors import UserError
 from ddpm_jax.runs.curves import plot_curves
 from ddpm_jax.runs.metrics import MetricWriter
+from tests.support.commands import command_module
 
 
 @pytest.fixture
@@ -66,3 +67,30 @@ def test_what_cannot_be_drawn_is_named(run, tmp_path, workdir, names, output, sa
     with pytest.raises(UserError, match=said):
         plot_curves([tmp_path / workdir], names, tmp_path / output)
     assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize("names", [["loss"], ["held_out_loss"], ["held_out_loss", "loss"]])
+def test_without_names_the_losses_that_are_there_are_drawn(tmp_path, monkeypatch, names):
+    """A young run has no held-out loss yet, a student never has one."""
+    with MetricWriter(tmp_path / "run") as writer:
+        for name in names:
+            writer.write_scalars(5, {name: 0.5})
+    labels = []
+    plot = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "plot",
+        lambda self, *a, **k: (labels.append(k["label"]), plot(self, *a, **k))[1],
+    )
+    output = f"--output={tmp_path / 'curve.png'}"
+    command_module("plot_metrics").main([f"--workdir={tmp_path / 'run'}", output])
+    assert labels == [f"run: {name}" for name in sorted(names, reverse=True)]
+    with pytest.raises(UserError, match="has no 'grad_norm'"):
+        plot_curves([tmp_path / "run"], [*names, "grad_norm"], tmp_path / "curve.png")
+
+
+def test_a_run_without_any_loss_is_named(tmp_path):
+    with MetricWriter(tmp_path / "run"):
+        pass
+    with pytest.raises(UserError, match="has no 'loss'; it has nothing yet"):
+        plot_curves([tmp_path / "run"], None, tmp_path / "curve.png")
