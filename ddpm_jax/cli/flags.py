@@ -291,17 +291,21 @@ def parse_with_config(
 def parse_with_overrides(
     flags: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the flags, and apart from them the `--config.a.b=value` overrides.
+    """Parse the flags, and apart from them the overrides, `--config.a.b=value` or in two words.
 
     argparse cannot list these.
 
     Returns:
       The flags, and the overrides as "a.b=value".
     """
-    argv = sys.argv[1:] if argv is None else argv
-    prefix = "--config."
-    overrides = [item.removeprefix(prefix) for item in argv if item.startswith(prefix)]
-    return flags.parse_args([item for item in argv if not item.startswith(prefix)]), overrides
+    words, others, overrides = list(sys.argv[1:] if argv is None else argv), [], []
+    while words:
+        word = words.pop(0)
+        of_config = word.startswith("--config.")
+        if of_config and "=" not in word and words and not words[0].startswith("--"):
+            word += f"={words.pop(0)}"
+        (overrides if of_config else others).append(word.removeprefix("--config."))
+    return flags.parse_args(others), overrides
 
 
 def numbers(text: str) -> list[int]:

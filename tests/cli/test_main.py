@@ -215,3 +215,16 @@ def test_a_file_goes_before_a_config_that_ships(tmp_path, monkeypatch):
 def test_a_config_that_is_not_there_is_one_line(name, said):
     with pytest.raises(ConfigError, match=said):
         load_config(name)
+
+
+@pytest.mark.parametrize("between", ["=", " "])
+def test_a_field_is_set_in_one_word_or_in_two(between):
+    """As the help writes it, and as other flags are set; a negative number is a value too."""
+    words = f"--config.seed{between}-1 --workdir runs/x --config.data.name{between}folder"
+    options, overrides = flags.parse_with_overrides(
+        train.parser(), [*words.split(), "--config", "digits", "--config.data.path", "--config.x=2"]
+    )
+    assert overrides == ["seed=-1", "data.name=folder", "data.path", "x=2"]
+    assert (options.workdir, options.config) == (Path("runs/x"), "digits")
+    with pytest.raises(ConfigError, match="config.data.path: write config.data.path=VALUE"):
+        load_config("digits", overrides[2:3])
