@@ -77,7 +77,8 @@ def train(
         or of a network that ships.
       network: one's own in place of the UNet: a Flax module, linen or nnx, called as
         `module(x_t, t)`, with labels as a third where the config has classes; or
-        `Network(init, apply)` of two functions.
+        `Network(init, apply)` of two functions. `config.model` must suit the size of the images all
+        the same; channel_mult=(1,) and attention_resolutions=() suit any.
       source: training images in place of those of the config: an array uint8 [N,h,w,c], a pair of
         it and labels [N], a function that returns an iterable of arrays, or an ArraySource.
       held_out: images of the held-out loss, likewise, but no function.
@@ -88,8 +89,7 @@ def train(
     """
     from ddpm_jax.training import loop, stopping
 
-    given = type(config).__name__
-    what = f"config is a {given}: must be a Config, such as ddpm_jax.load_config makes of a file"
+    what = f"config={config}: must be a Config, such as load_config makes of a file"
     check(isinstance(config, Config), what)
     config = from_dict(to_dict(config))  # through the door of files: lists become tuples
     workdir = Path(workdir).expanduser()

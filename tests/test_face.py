@@ -189,7 +189,7 @@ def test_lists_and_whole_floats_of_a_config_from_python_are_taken(run, tmp_path)
     config.train.steps = 2.0
     assert ddpm.train(config, workdir, workdir.parent).step == 2
     assert config.train.steps == 2.0 and config.model.channel_mult == [1]  # it stays the caller's
-    with pytest.raises(ddpm.UserError, match="config is a str: must be a Config, such as"):
+    with pytest.raises(ddpm.UserError, match="config=digits: must be a Config, such as load"):
         ddpm.train("digits", workdir)
 
 

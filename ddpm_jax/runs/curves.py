@@ -43,9 +43,7 @@ def plot_curves(
             if not points:
                 have = ", ".join(sorted({key for row in rows for key in row} - {"step"}))
                 have = have or "nothing yet"
-                raise UserError(
-                    f"{workdir}/metrics.jsonl has no {name!r}; it has {have or 'nothing yet'}"
-                )
+                raise UserError(f"{workdir}/metrics.jsonl has no {name!r}; it has {have}")
             marker = "." if len(points) < 20 else ""  # a single point has no line
             axes.plot(*zip(*points), marker=marker, label=f"{workdir.name}: {name}")
     axes.grid(alpha=0.3)

@@ -190,7 +190,9 @@ def check_owner(workdir: Path, own: bool) -> None:
     """
     if (workdir / OWN_NETWORK).exists() and not own:
         raise WorkdirError(
-            f"{workdir} holds a run whose network is not in its config: from Python, give network"
+            f"{workdir} holds a run whose network is not in its config: from Python, give network "
+            "to ddpm_jax.load or train; what it draws is measured as samples=FILE "
+            "(docs/evaluation.md)"
         )
     if own and not (workdir / OWN_NETWORK).exists():
         raise WorkdirError(f"{workdir} holds a run of the network of its config: leave network out")

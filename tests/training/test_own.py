@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import ddpm_jax as ddpm
+from ddpm_jax.cli import evaluate
 from ddpm_jax.data.batches import fingerprint
 from ddpm_jax.data.load import as_source, load_source, own_sources
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.data_origin import read_origin
+from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.training import loop
 from tests.support.processes import assert_bit_equal
 from tests.support.tiny import images, tiny_config
@@ -92,35 +94,51 @@ def test_a_model_of_ones_own_does_what_models_do(whole):
     assert np.isfinite(model.bits_per_dim(IMAGES[:2], num_timesteps=2))
 
 
-def test_held_out_images_alone_leave_the_set_of_the_config(tmp_path):
-    """The run remembers where that set is and what it was, and whose its held-out images are."""
+@pytest.fixture(scope="module")
+def on_digits(tmp_path_factory):
+    """A step on the digits beside held-out images from Python, and these."""
     data = {"name": "digits", "image_size": 8}
     config = tiny_config(data=data, train=vars(CONFIG.train) | {"steps": 1})
     mine, devices = images(config, 6), Devices(jax.devices()[:1])
+    folder = tmp_path_factory.mktemp("digits")
     own = {"network": linear(), "held_out": mine}
-    assert loop.train(config, tmp_path, data_dir=tmp_path, devices=devices, **own) == 0
-    whole = load_source(config.data, tmp_path, "train")
-    assert read_origin(tmp_path) == {
-        "data_dir": str(tmp_path),
+    assert loop.train(config, folder, data_dir=folder, devices=devices, **own) == 0
+    return folder, mine
+
+
+def test_held_out_images_alone_leave_the_set_of_the_config(on_digits):
+    """The run remembers where that set is and what it was, and whose its held-out images are."""
+    folder, mine = on_digits
+    data = ddpm.load(folder, network=linear()).config.data
+    assert read_origin(folder) == {
+        "data_dir": str(folder),
         "crop": "none",
-        "train": fingerprint(whole),
-        "test": fingerprint(as_source(mine, config.data)),
+        "train": fingerprint(load_source(data, folder, "train")),
+        "test": fingerprint(as_source(mine, data)),
     }
 
 
-def test_a_run_goes_on_with_the_images_that_it_began_with(tmp_path):
-    """In their order: from it follows what a step trains on, and which image a held-out loss has."""
-    train(tmp_path, 1, source=IMAGES)
-    for own in (
-        {"source": IMAGES[::-1]},
-        {"source": IMAGES, "held_out": IMAGES[6:12]},
-        {"source": IMAGES, "held_out": IMAGES[5::-1]},
-    ):
-        with pytest.raises(ddpm.UserError, match="has other images than when the run in .* began"):
-            train(tmp_path, 2, **own)
-    assert ddpm.load(tmp_path, network=linear()).step == 1
-    train(tmp_path, 2, source=IMAGES.copy(), held_out=IMAGES[:6].copy())
-    assert ddpm.load(tmp_path, network=linear()).step == 2
+def test_what_a_network_of_ones_own_draws_is_measured(on_digits, tmp_path):
+    """As docs/evaluation.md has it: drawn in Python, measured by the command, which cannot draw."""
+    folder, _ = on_digits
+    model = ddpm.load(folder, network=linear())
+    np.savez(tmp_path / "drawn.npz", model.sample(20, sampler="ddim", steps=2))
+    flags = ["--metrics=pixels", f"--config={folder / 'config.json'}"]
+    evaluate.main([f"--samples={tmp_path / 'drawn.npz'}", *flags])
+    (record,) = read_evaluations(tmp_path)
+    assert record["data"] == "digits" and record["value"] > 0
+    message = "network to ddpm_jax.load or train; what it draws is measured as samples=FILE"
+    with pytest.raises(ddpm.UserError, match=message):
+        evaluate.main([f"--workdir={folder}", "--metrics=pixels"])
+
+
+@pytest.mark.parametrize("sides", [(28, 28), (7, 12)])
+def test_a_config_that_suits_any_size_is_said(sides):
+    """What the docstring of `train` says of config.model, where the network is one's own."""
+    changes = ["model.channel_mult=(1,)", "model.attention_resolutions=()"]
+    changes.append(f"data.image_size={sides[0]},{sides[1]}")
+    assert all(item.partition(".")[2] in ddpm.train.__doc__ for item in changes[:2])
+    assert ddpm.load_config("cifar10", changes).data.sides == sides
 
 
 def test_whose_network_it_is_must_be_said(whole, tmp_path):
