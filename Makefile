@@ -1,6 +1,6 @@
 # make demo | test [ARGS=tests/diffusion] | test-all | mutate [ARGS=training] | lint | clean
 # make notebooks [NOTEBOOKS=pods] | docs | gpu [ARGS=--data_dir=DIR]
-# All of them work on a fresh machine with Python 3.11 or newer and nothing else; gpu wants CIFAR-10 in
+# All of them work on a fresh machine with Python 3.11 to 3.14 and nothing else; gpu wants CIFAR-10 in
 # data/ as well (ddpm prepare-data --dataset=cifar10 --data_dir=data).
 
 PYTHON ?= python3
@@ -63,8 +63,8 @@ clean:
 # Built anew whenever the pinned set differs from the one that was installed, and only then. The copy
 # of the lock comes last, so that an installation cut short starts over.
 $(READY): requirements.lock
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
-		{ echo "error: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))" || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing requirements.lock into $(VENV): about 100 packages, once"
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)

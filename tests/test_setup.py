@@ -220,10 +220,24 @@ def test_make_asks_for_a_python_it_can_use(tmp_path):
     )
     assert done.returncode != 0
     assert (
-        "python3.9 is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 test"
+        "python3.9 is not Python 3.11 to 3.14; name one that is: make PYTHON=python3.12 test"
         in done.stderr
     )
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    "version, fits", [((3, 10), False), ((3, 11), True), ((3, 14), True), ((3, 15), False)]
+)
+def test_make_takes_the_pythons_that_have_wheels(version, fits, monkeypatch):
+    """As README and pyproject.toml say it."""
+    (code,) = re.findall(r'-c "(import sys; sys\.exit\(.*\))"', (ROOT / "Makefile").read_text())
+    monkeypatch.setattr(sys, "version_info", (*version, 7, "final", 0))
+    with pytest.raises(SystemExit) as ended:
+        exec(code)
+    assert bool(ended.value.code) is not fits
+    assert "Python 3.11 to 3.14 on Linux" in (ROOT / "README.md").read_text()
+    assert PROJECT["project"]["requires-python"] == ">=3.11,<3.15"
 
 
 def test_ci_is_a_program_that_bash_understands():
