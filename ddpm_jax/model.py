@@ -34,7 +34,7 @@ def load(
     step: int | Literal["best"] | None = None,
     *,
     layout: str | None = None,
-    overrides: Iterable[str] = (),
+    overrides: str | Iterable[str] = (),
     network: Any = None,
 ) -> Model:
     """Open a trained network. Nothing is written.

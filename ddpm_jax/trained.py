@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 
 from ddpm_jax.build import Params, build_network
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, listed
 from ddpm_jax.data.classes import names_of_run
 from ddpm_jax.data.load import load_source, origin_of
 from ddpm_jax.data.source import Source
@@ -96,7 +96,7 @@ def open_network(
     weights: str = "ema",
     step: int | Literal["best"] | None = None,
     layout: str | None = None,
-    overrides: Iterable[str] = (),
+    overrides: str | Iterable[str] = (),
     network: Any = None,
 ) -> Trained:
     """Open a network by its name or path, into memory alone.
@@ -112,7 +112,7 @@ def open_network(
     Raises:
       UserError: there is no such thing, it may be two things, or it cannot be read as asked.
     """
-    path, overrides = Path(os.path.expanduser(what)), list(overrides)
+    path, overrides = Path(os.path.expanduser(what)), listed(overrides)
     ships = isinstance(what, str) and what in names()
     if ships and path.exists():
         raise WorkdirError(
@@ -124,6 +124,7 @@ def open_network(
     elif not path.exists() and not path.with_name(f"{path.name}.index").is_file():
         near = difflib.get_close_matches(str(what), names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"these ship: {_list_names()}"
+        hint = f"as a str, {str(what)!r}, it is one" if str(what) in names() else hint
         raise WorkdirError(
             f"what={what}: no such file or folder, and no network that ships; {hint}"
         )
@@ -233,8 +234,7 @@ def open_trained(
     if int(state.step) == 0:  # after training, the averages are averages whatever they began as
         label = imported_weights(workdir, "params" if name == "raw" else "ema") or label
     note = None if name == "raw" else average_note(config, name, int(state.updates))
-    notes = (note,) if note else ()
-    return Trained(config, params, label, int(state.step), notes, classes, origin)
+    return Trained(config, params, label, int(state.step), (note,) if note else (), classes, origin)
 
 
 # ------------------------------------------------------------------------------- networks that ship

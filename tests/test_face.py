@@ -375,6 +375,9 @@ def test_names_that_are_missing_or_mean_two_things(run, here):
         ddpm.load("digit")
     with pytest.raises(ddpm.UserError, match="what=nowhere: .* these ship: cifar10_small, digits"):
         ddpm.load("nowhere")
+    with pytest.raises(ddpm.UserError, match="what=digits: no such .*; as a str, 'digits', it is"):
+        ddpm.load(Path("digits"))
+    assert ddpm.load("digits", overrides="sampling.steps=7").config.sampling.steps == 7
     shutil.copytree(run, here / "digits")
     with pytest.raises(ddpm.UserError, match="what=digits: .* write ./digits or .*pretrained"):
         ddpm.load("digits")

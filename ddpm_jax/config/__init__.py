@@ -4,6 +4,7 @@ from ddpm_jax.config.checking import validate
 from ddpm_jax.config.reading import (
     differences,
     from_dict,
+    listed,
     load_config,
     override,
     save_json,
@@ -31,6 +32,7 @@ __all__ = [
     "UNetConfig",
     "differences",
     "from_dict",
+    "listed",
     "load_config",
     "override",
     "save_json",

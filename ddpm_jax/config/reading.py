@@ -24,13 +24,13 @@ from ddpm_jax.errors import ConfigError
 from ddpm_jax.files import read_json, shipped
 
 
-def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: str | typing.Iterable[str] = ()) -> Config:
     """Read a config from a Python file, with :VARIANT where it has several, or a config.json.
 
     Args:
       path: a file, or where there is none the name of a config that ships: "digits",
         "table2:eps_simple", "configs/digits.py".
-      overrides: `section.field=value` each, applied in this order.
+      overrides: `section.field=value` each, applied in this order, or a single one.
 
     Raises:
       ConfigError: no such file or variant, no `get_config`, or anything that `override` and
@@ -46,9 +46,15 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Confi
         hint = f"did you mean {near[0]}?" if near else f"these ship: {', '.join(_shipped_names())}"
         raise ConfigError(f"config={path}: no such file; {hint}")
     config = _from_json(file) if file.suffix == ".json" else _from_python(file, variant)
+    overrides = listed(overrides)
     for item in overrides:
         override(config, item)
     return validate(config)
+
+
+def listed(overrides: str | typing.Iterable[str]) -> list[str]:
+    """Return overrides as a list, of one where they are a single text."""
+    return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
 def _find(name: str) -> Path | None:

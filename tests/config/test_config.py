@@ -20,6 +20,7 @@ from ddpm_jax.config import (
     LossConfig,
     differences,
     from_dict,
+    listed,
     load_config,
     override,
     save_json,
@@ -328,3 +329,10 @@ def test_numbers_of_numpy_are_numbers():
     config.optimizer.learning_rate, config.train.steps = np.float64(1e-4), np.int64(3)
     config = from_dict(to_dict(config))
     assert type(config.optimizer.learning_rate) is float and type(config.train.steps) is int
+
+
+def test_a_single_override_need_not_be_in_a_list():
+    """Its letters would be overrides otherwise."""
+    assert load_config("digits", "train.steps=200") == load_config("digits", ["train.steps=200"])
+    assert load_config("digits", "train.steps=200").train.steps == 200
+    assert listed(("a=1", "b=2")) == ["a=1", "b=2"] and listed(()) == []
