@@ -24,8 +24,8 @@ FIRST, BEYOND = (0, 10, 2), (0, 12)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 ALLOCATOR = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
 
-# Files of the devices that JAX would prefer to a CPU.
-ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "accel/accel*", "vfio/[0-9]*")
+# Files of the devices that JAX would prefer to a CPU; dxg is the GPU of WSL.
+ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "accel/accel*", "vfio/[0-9]*")
 
 
 def tune_cpu(devices: Path = Path("/dev")) -> list[str]:

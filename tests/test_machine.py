@@ -94,6 +94,7 @@ def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(
     "device, platforms, set_up",
     [
         ("nvidia0", None, False),
+        ("dxg", None, False),
         ("kfd", None, False),
         ("accel/accel0", None, False),
         ("accel0", None, False),
