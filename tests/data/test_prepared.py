@@ -17,7 +17,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data import decoding, prepare
 from ddpm_jax.data.batches import fingerprint
 from ddpm_jax.data.load import load_splits, origin_of
-from ddpm_jax.data.prepared import open_prepared
+from ddpm_jax.data.prepared import find_prepared, open_prepared
 from ddpm_jax.data.source import SPLITS
 from ddpm_jax.errors import DataError, WorkdirError
 from ddpm_jax.runs.data_origin import check_origin, save_origin
@@ -85,6 +85,14 @@ def test_a_description_that_makes_no_sense_is_one_line(text, features, tmp_path)
 def test_a_set_of_our_own_is_read_as_before(features, tmp_path):
     batch = open_prepared(DATA, tmp_path / "data", "train").read(np.arange(3))
     assert sorted(batch["image"][:, 0, 0, 0]) == [0, 1, 2]
+
+
+def test_of_several_versions_the_newest_that_is_whole_is_read(tmp_path):
+    for version in ("1.9.0", "1.10.0", "1.11.0"):
+        (tmp_path / "faces" / version).mkdir(parents=True)
+        if version != "1.11.0":  # its description is written last
+            (tmp_path / "faces" / version / "dataset_info.json").touch()
+    assert find_prepared("faces", tmp_path).name == "1.10.0"
 
 
 def test_a_run_goes_on_without_a_record_that_has_gone_bad_since(tmp_path, monkeypatch):

@@ -231,6 +231,17 @@ def test_an_image_has_its_own_noise_and_timesteps_whatever_the_batch() -> None:
     assert (np.std(same, axis=0) > 0).all()
 
 
+def test_strata_draw_their_timesteps_apart() -> None:
+    """Strata of one size would else draw the same place in each, and errors would add up."""
+    process, first = GaussianDiffusion(made_schedule(200), "eps"), jnp.arange(0, 200, 50)
+    measure = partial(bound_terms, process, lambda x, t: 0 * x, clip=True, cdf="tanh")
+    x0, keys = jnp.zeros((600, 1, 1, 1)), jax.random.split(jax.random.key(2), 600)
+    places = np.asarray(measure(x0, keys, first, jnp.full(4, 50))["t"]) - np.asarray(first)
+    assert places.min() == 0 and places.max() == 49
+    apart = np.corrcoef(places.T)[~np.eye(4, dtype=bool)]
+    assert np.abs(apart).max() < 5 / np.sqrt(600)
+
+
 def test_memory_does_not_grow_with_the_number_of_terms() -> None:
     """T x images x pixels would be 1000 times the batch."""
 

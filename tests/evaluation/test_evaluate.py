@@ -23,10 +23,11 @@ from ddpm_jax.data.load import load_source
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.diffusion.randomness import Stream, example_keys, stream_key
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import jobs
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.nll import Estimate, EvaluationError, Nll, Protocol, evaluate_nll
 from ddpm_jax.evaluation.options import EvaluationOptions
-from ddpm_jax.evaluation.rate_distortion import table_4
+from ddpm_jax.evaluation.rate_distortion import save_csv, table_4
 from ddpm_jax.evaluation.reconstruction import reconstruction_errors, report
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.reproduction import ledger
@@ -70,11 +71,12 @@ def test_bound_does_not_depend_on_batches_or_devices() -> None:
         )
 
 
-def test_bound_is_that_of_the_equations_written_out() -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_bound_is_that_of_the_equations_written_out(clip: bool) -> None:
     """Compare with eqs. 5, 7, 12 and 13 in float64 NumPy, pixel by pixel, at the same x_t."""
     config = tiny_config(diffusion={"timesteps": 6, "beta_start": 1e-3, "variance": "fixed_large"})
     source, params = ArraySource(images(config, 3)), init_params(config)
-    nll = measure(config, source, 1, 3, params, cdf="erf", seed=7)
+    nll = measure(config, source, 1, 3, params, cdf="erf", clip=clip, seed=7)
 
     betas = np.linspace(1e-3, 0.2, 6)
     alphas_cumprod = np.cumprod(1 - betas)
@@ -87,7 +89,8 @@ def test_bound_is_that_of_the_equations_written_out() -> None:
         ab, before = alphas_cumprod[t], np.append(1, alphas_cumprod)[t]
         x_t = np.sqrt(ab) * x0 + np.sqrt(1 - ab) * np.array(draw)
         eps = np.asarray(network(jnp.asarray(x_t, jnp.float32), jnp.full(3, t)), np.float64)
-        guess = np.clip((x_t - np.sqrt(1 - ab) * eps) / np.sqrt(ab), -1, 1)
+        guess = (x_t - np.sqrt(1 - ab) * eps) / np.sqrt(ab)
+        guess = np.clip(guess, -1, 1) if clip else guess
 
         on_x0, on_x_t = (
             np.sqrt(before) * betas[t] / (1 - ab),
@@ -144,6 +147,39 @@ def test_parts_add_up_and_the_estimate_agrees_with_all_terms() -> None:
     )
     assert estimate.middle.standard_error > whole.middle.standard_error
     assert [steps for steps, _, _ in table_4(whole)] == [30, 27, 24, 21, 18, 15, 12, 9, 6, 3]
+
+
+def test_rows_of_a_curve_add_up_to_its_total(tmp_path: Path) -> None:
+    """Each row has its own stratum: its timesteps, whose mean is t, times its term are in the bound."""
+    config = tiny_config(diffusion={"timesteps": 30, "beta_end": 0.2})
+    nll = measure(config, ArraySource(images(config, 4)), 1, 4, num_timesteps=6)
+    save_csv(tmp_path / "curve.csv", nll)
+    t, size, steps, term = np.loadtxt(
+        tmp_path / "curve.csv", delimiter=",", skiprows=1, usecols=range(4), unpack=True
+    )
+    assert size.sum() == 30 and len(set(size)) > 2
+    below = np.append(np.cumsum(size[::-1])[::-1][1:], 0)  # timesteps of the rows that follow
+    np.testing.assert_allclose(t, below + (size - 1) / 2)
+    np.testing.assert_allclose(steps, 30 - t)
+    np.testing.assert_allclose(nll.prior.mean + size @ term, nll.total.mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, True, False])
+def test_the_protocol_is_that_of_the_options(workdir: Path, monkeypatch, clip: bool | None) -> None:
+    """A bound clips as the paper's does where nothing is said."""
+    seen = []
+
+    def stop(*args, protocol: Protocol, **options) -> None:
+        seen.append(protocol)
+        raise EvaluationError("seen")
+
+    monkeypatch.setattr(jobs, "evaluate_nll", stop)
+    options = EvaluationOptions(
+        metrics=("nll",), workdir=workdir, num_timesteps=5, clip=clip, cdf="erf", seed=3
+    )
+    with pytest.raises(EvaluationError, match="seen"):
+        evaluate(options, Devices(jax.devices()[:1]))
+    assert seen == [Protocol(5, clip is not False, "erf", 3)]
 
 
 def codes_written_out(config: Config, params, x: np.ndarray) -> np.ndarray:
