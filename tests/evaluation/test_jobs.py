@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import types
 from pathlib import Path
 
@@ -13,15 +14,25 @@ import numpy as np
 import pytest
 
 from ddpm_jax.build import build_process
+from ddpm_jax.config import Config
 from ddpm_jax.data.load import load_source
 from ddpm_jax.diffusion.bound import rate_distortion as curve_of
 from ddpm_jax.diffusion.bound import timestep_strata
-from ddpm_jax.evaluation import inputs, jobs, rate_distortion, reconstruction, references
+from ddpm_jax.evaluation import (
+    inputs,
+    jobs,
+    memorisation,
+    rate_distortion,
+    reconstruction,
+    references,
+)
+from ddpm_jax.evaluation.image_sets import of_array
 from ddpm_jax.evaluation.jobs import evaluate
+from ddpm_jax.evaluation.memorisation import AuditSets
 from ddpm_jax.evaluation.nll import Estimate, Nll, Protocol
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.references import Reference
-from ddpm_jax.images import save_npz
+from ddpm_jax.images import load_png, save_npz
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.workdir import claim_workdir
@@ -33,13 +44,16 @@ from tests.support.tiny import tiny_config
 CONFIG, ONE = tiny_config(), Devices(jax.devices()[:1])
 
 
+def run_of(config: Config, folder: Path) -> Path:
+    claim_workdir(folder, config)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, init_state(config).replace(step=jnp.int32(3)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    claim_workdir(folder, CONFIG)
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, init_state(CONFIG).replace(step=jnp.int32(3)))
-    return folder
+    return run_of(CONFIG, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -67,6 +81,10 @@ def nll(monkeypatch: pytest.MonkeyPatch) -> Nll:
     term = np.array([0.3, 0.2, 0.1])
     curve = curve_of(strata, 0.0, term, 0 * term, term)
     return Nll(strata, *[some] * 4, term, 0 * term, curve, images=2, seconds=1.0)
+
+
+def images_of(split: str) -> np.ndarray:
+    return load_source(CONFIG.data, "data", split).images
 
 
 def rows_of(path: Path) -> list[list[str]]:
@@ -118,6 +136,42 @@ def test_an_audit_keeps_its_pairs_whatever_is_measured_after_it(workdir: Path, d
     assert workdir / again["pairs"] == next(iter(files))  # the same protocol has the same file
 
 
+def test_an_audit_holds_samples_against_images_that_were_not_trained_on(
+    workdir: Path, tmp_path: Path
+) -> None:
+    """Held-out images are as near as held-out images; those of the training set are suspects."""
+    train, test = images_of("train"), images_of("test")
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
+    found = []
+    for name, samples in (("test.npz", test), ("train.npz", train[:30])):
+        save_npz(tmp_path / name, samples)
+        options = EvaluationOptions(
+            metrics=("audit",), workdir=workdir, samples=tmp_path / name, num_images=len(samples)
+        )
+        found += evaluate(options, ONE)
+    assert [record["value"] for record in found] == [0.5, 1]
+    assert found[0]["suspects"] < 0.02 and found[1]["suspects"] == 1
+    assert [record["held_out_images"] for record in found] == [len(test), 30]
+
+
+def test_each_sample_of_an_audit_is_beside_its_own_image(tmp_path: Path) -> None:
+    """Samples are training images in another order: all are equal to what they lie nearest to."""
+    train = pictures(15, channels=1)
+    order = np.random.default_rng(0).permutation(15)
+    sets = AuditSets(
+        of_array(train[order], {}), of_array(train, {}), of_array(pictures(5, channels=1), {})
+    )
+    audit = memorisation.audit_pixels(sets)
+    memorisation.save_csv(tmp_path / "audit.csv", audit)
+    memorisation.save_pairs(tmp_path / "audit.png", audit, sets)
+    _, *rows = rows_of(tmp_path / "audit.csv")
+    assert rows == [[str(sample), str(image), "0"] for sample, image in enumerate(order)]
+    picture = load_png(tmp_path / "audit.png")
+    above, below = picture[:64], picture[-64:]
+    np.testing.assert_array_equal(above, below)
+    np.testing.assert_array_equal(above[::8, :64:8], train[order[0]])
+
+
 def test_audits_of_samples_by_the_same_name_have_files_of_their_own(
     workdir: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +185,93 @@ def test_audits_of_samples_by_the_same_name_have_files_of_their_own(
         pairs.append(record["pairs"])
     assert pairs[0] != pairs[1]
     assert all(pair.startswith("evaluations/audit_pixels_samples_4_") for pair in pairs)
+
+
+def test_samples_are_kept_under_all_that_they_depend_on(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of any of it draws again, and a repetition does not."""
+    asked = []
+
+    def draw(params, *, seed: int, indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+        asked.append(indices)
+        return np.zeros((len(indices), 8, 8, 1), np.float32)
+
+    generator = types.SimpleNamespace(draw=draw)
+    monkeypatch.setattr(inputs, "build_generator", lambda *_, **__: generator)
+    monkeypatch.setattr(inputs, "open_trained", functools.cache(inputs.open_trained))
+
+    def draws(run: Path, change: dict) -> int:
+        before = len(asked)
+        options = EvaluationOptions(metrics=("pixels",), workdir=run, num_images=2, **change)
+        assert len(inputs.Inputs(options, ONE).samples) == 1
+        return len(asked) - before
+
+    ddim, deis = ({"sampler": name, "steps": 4} for name in ("ddim", "deis"))
+    changes = [{"eta": 0.5}, {"clip": False}, {"spacing": "trailing"}, {"dynamic_threshold": 0.9}]
+    of_samplers = [ddim, *(ddim | change for change in changes), deis, deis | {"order": 3}]
+    of_classes = [{}, {"guidance": 2.0}, {"label": (1,)}, {"label": (2,)}]
+    classes = run_of(tiny_config(model={"num_classes": 4}), tmp_path / "classes")
+    for run, protocols in ((workdir, of_samplers), (classes, of_classes)):
+        for expected in (1, 0):
+            count = [draws(run, protocol) for protocol in protocols]
+            assert count == [expected] * len(protocols)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_metric_sees_the_split_that_was_asked_for(
+    workdir: Path, nll: Nll, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    seen = []
+    monkeypatch.setattr(jobs, "evaluate_nll", lambda *args, **_: seen.append(args[2]) or nll)
+    monkeypatch.setattr(
+        reconstruction,
+        "reconstruction_errors",
+        lambda *args, **_: seen.append(args[2]) or np.ones(4),
+    )
+    options = EvaluationOptions(metrics=("nll", "reconstruction"), workdir=workdir, split=split)
+    evaluate(options, ONE)
+    own = images_of(split)
+    assert len(seen) == 2
+    for source in seen:
+        np.testing.assert_array_equal(source.images, own)
+
+    save_npz(tmp_path / "own.npz", own)
+    same, other = (
+        evaluate(
+            EvaluationOptions(
+                metrics=("pixels",),
+                workdir=workdir,
+                samples=tmp_path / "own.npz",
+                reference=reference,
+            ),
+            ONE,
+        )[0]["value"]
+        for reference in (split, {"train": "test", "test": "train"}[split])
+    )
+    assert same < 1e-9 < 1e-3 < other
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_reference_of_a_split_is_of_its_images(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    save_layers(tmp_path / "three.npz")
+    known, seen = Reference(None, None, None, {}), []
+    monkeypatch.setattr(references, "look_up", lambda *args: seen.append(args[2]) or known)
+    monkeypatch.setattr(references, "check", lambda *_: None)
+    options = EvaluationOptions(
+        metrics=("fid",),
+        workdir=workdir,
+        features="64",
+        inception=tmp_path / "three.npz",
+        cache=tmp_path,
+        reference=split,
+    )
+    inputs.Inputs(options, ONE).reference()
+    (images,) = seen
+    assert images.description["split"] == split
+    np.testing.assert_array_equal(images.read(np.arange(images.count)), images_of(split))
 
 
 def test_records_of_the_network_name_it_beside_samples_of_others(
