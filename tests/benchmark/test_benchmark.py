@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.benchmark import components, ours, quality, rivals, startup
+from ddpm_jax.benchmark import components, ours, quality, report, rivals, startup
 from ddpm_jax.benchmark.quality import ComparisonOptions
 from ddpm_jax.benchmark.report import BenchmarkOptions
 from ddpm_jax.benchmark.timing import in_turn, matrix_peak, paired_ratio, seconds, summary
@@ -57,6 +57,14 @@ def test_ratios_are_taken_pair_by_pair():
     assert summary(np.array([0.003, 0.001, 0.002])) == pytest.approx(
         {"median_ms": 2, "best_ms": 1, "low_ms": 1.5, "high_ms": 2.5}
     )
+
+
+def test_a_rival_of_twice_the_time_makes_ours_half_of_it():
+    rival = SimpleNamespace(train=lambda variant, steps: 2.0)
+    options = BenchmarkOptions("x.py", rounds=3)
+    found = report.compare(lambda steps: 1.0, rival, "train", options)
+    assert found["ours"]["median_ms"] == 1000 and found["diffusers eager"]["median_ms"] == 2000
+    assert found["diffusers eager"]["ratio"] == {"median": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_seconds_wait_for_the_result():

@@ -1,4 +1,4 @@
-"""Trainings that are compared are whole ones."""
+"""Trainings that are compared are whole ones, and their means have honest errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_jax.benchmark import quality
-from ddpm_jax.benchmark.quality import ComparisonOptions, measure
+from ddpm_jax.benchmark.quality import ComparisonOptions, measure, summarise
 from tests.support.tiny import tiny_config
 
 
@@ -39,3 +39,21 @@ def test_a_training_that_was_stopped_is_not_judged(
         assert stopped.value.code == 143
     assert not (tmp_path / "seed0" / "ddpm_jax.json").exists()
     assert measure(config, "ddpm_jax", options)["nll"] == 1.0 and not codes
+
+
+def test_the_error_of_a_mean_of_two_seeds_is_half_of_their_distance() -> None:
+    def row(side: str, nll: float, error: float) -> dict:
+        return {"side": side, "nll": nll, "eps_error": {"10": error}}
+
+    rows = [row("ddpm_jax", 3.0, 0.1), row("diffusers", 3.5, 0.3)]
+    rows += [row("ddpm_jax", 3.6, 0.2), row("diffusers", 4.3, 0.1)]
+    bound, eps = summarise(rows)
+    assert (bound["figure"], eps["figure"]) == ("bound, bits/dim", "eps at t=10")
+    for line, ours, theirs in ((bound, (3.0, 3.6), (3.5, 4.3)), (eps, (0.1, 0.2), (0.3, 0.1))):
+        for side, (a, b) in (("ddpm_jax", ours), ("diffusers", theirs)):
+            assert line[side] == pytest.approx((a + b) / 2)
+            assert line[f"{side}_error"] == pytest.approx(abs(a - b) / 2)
+        squares = line["ddpm_jax_error"] ** 2 + line["diffusers_error"] ** 2
+        assert line["difference_error"] == pytest.approx(squares**0.5)
+        assert line["difference"] == pytest.approx((sum(ours) - sum(theirs)) / 2)
+    assert "difference_error" not in summarise(rows[:2])[0]  # of one seed it is not known

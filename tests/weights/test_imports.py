@@ -13,7 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.build import abstract_params, build_process
 from ddpm_jax.cli import import_weights as import_script
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, UNetConfig, load_config
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    SamplingConfig,
+    UNetConfig,
+    load_config,
+)
 from ddpm_jax.errors import UserError, WeightsError
 from ddpm_jax.files import parse_json
 from ddpm_jax.parallel.devices import Devices
@@ -354,6 +361,17 @@ def test_an_export_with_rescaled_betas_comes_back(tmp_path):
         change(scheduler, trained_betas=betas)
         with pytest.raises(WeightsError, match="trained_betas is set: "):
             import_weights("auto", tmp_path / "model")
+
+
+@pytest.mark.parametrize("clip, spacing", [(False, "trailing"), (True, "leading")])
+def test_the_sampler_of_an_export_comes_back(clip, spacing, tmp_path):
+    config = network_of("diffusers")
+    config.sampling = SamplingConfig(clip=clip, spacing=spacing)
+    export_weights("diffusers", config, params_of(config, 0), "raw", tmp_path / "model")
+    noted = parse_json((tmp_path / "model" / SCHEDULER).read_text())
+    assert (noted["clip_sample"], noted["timestep_spacing"]) == (clip, spacing)
+    sampling = import_weights("auto", tmp_path / "model").config.sampling
+    assert (sampling.clip, sampling.spacing) == (clip, spacing)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x.npz"])

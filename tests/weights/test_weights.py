@@ -44,7 +44,7 @@ from ddpm_jax.weights.layout import entries, read_params, write_tensors
 from ddpm_jax.weights.layouts import diffusers_config
 from ddpm_jax.weights.layouts.registry import EXPORTS, LAYOUTS
 from ddpm_jax.weights.plan import Plan, places
-from ddpm_jax.weights.recognise import recognise
+from ddpm_jax.weights.recognise import Architecture, recognise
 from tests.support.torch_files import Global, write_torch
 
 OWN_NAMES = [
@@ -464,6 +464,38 @@ def test_the_recipe_of_a_published_network_is_found(layout, model, expected, tmp
             LAYOUTS[layout], imported.config, load_file(tmp_path / "model.safetensors"), ""
         ),
     )
+
+
+# By guided-diffusion's published flags: what the file of each network tells, and what it does not.
+GUIDED = {
+    "64": ((192, (1, 2, 3, 4), 3, 1000), ("cosine", {"model.head_channels": 64}, "fused")),
+    "128": ((256, (1, 1, 2, 3, 4), 2, 1000), ("linear", {"model.heads": 4}, "fused_by_head")),
+    "256": (
+        (256, (1, 1, 2, 2, 4, 4), 2, 1000),
+        ("linear", {"model.head_channels": 64}, "fused_by_head"),
+    ),
+    "256 without classes": (
+        (256, (1, 1, 2, 2, 4, 4), 2, 0),
+        ("linear", {"model.head_channels": 64}, "fused_by_head"),
+    ),
+    "512": (
+        (128, (1, 2, 2, 4, 4, 8, 8), 2, 1000),
+        ("linear", {"model.head_channels": 64}, "fused_by_head"),
+    ),
+}
+
+
+@pytest.mark.parametrize("build, flags", GUIDED.values(), ids=GUIDED)
+def test_the_recipe_of_guided_diffusion_is_that_of_its_flags(build, flags):
+    """diffusion_steps, noise_schedule, num_head_channels or num_heads, use_new_attention_order."""
+    (width, factors, blocks, classes), (schedule, heads, order) = build, flags
+    plan = Plan(len(factors), blocks, frozenset({len(factors) - 1}), resampling="residual")
+    network = Architecture(plan, width, factors, 3, 6, "scale_shift", classes)
+    recipe = LAYOUTS["openai"].recipe(network)
+    assert (recipe["diffusion.schedule"], recipe["model.qkv_layout"]) == (schedule, order)
+    assert recipe | heads == recipe and len({"model.heads", "model.head_channels"} & {*recipe}) == 1
+    assert (recipe["diffusion.timesteps"], recipe["model.timestep_scale"]) == (1000, 1.0)
+    assert (recipe["diffusion.variance"], recipe["loss.kind"]) == ("learned_range", "hybrid")
 
 
 # ------------------------------------------------------------ whole roads
