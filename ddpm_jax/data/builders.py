@@ -12,6 +12,7 @@ descriptions from a bucket of TFDS, and leaves it there even though the bucket i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import warnings
@@ -167,8 +168,7 @@ def _check_lmdb(dataset: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from tensorflow_io.python.ops import core_ops
-
+            core_ops = importlib.import_module("tensorflow_io.python.ops.core_ops")
             _ = core_ops.io_lmdb_readable_init  # loads the library
     except (ImportError, NotImplementedError, AttributeError) as error:
         raise DataError(
