@@ -73,11 +73,12 @@ class CodingOptions:
         if self.mode == "decode":
             right = self.output.suffix in (".npz", ".png")
             check(right, f"output={self.output}: must end in .npz or .png")
+        self.settings(1)  # raises where no file can have such settings
 
     def settings(self, count: int) -> Settings:
         """Return the settings for `count` images."""
-        most = {"lossless": 20, "progressive": MOST_AT_ONCE}[self.method]
-        group = self.group or max(1, min(most, count))
+        most = MOST_AT_ONCE if self.method == "progressive" else 20
+        group = max(1, min(most, count)) if self.group is None else self.group
         return Settings(
             method=self.method,
             group=group,

@@ -428,6 +428,18 @@ def test_figures_by_hand():
     json.dumps(report)
 
 
+@pytest.mark.parametrize("what, passes", [("train", 3), ("sample", 20)])
+def test_a_report_counts_what_the_network_does_in_a_call(what, passes, monkeypatch):
+    """In a training step once forwards and twice for the gradients; in a chain once a step."""
+    monkeypatch.setattr(compile, "compile_only_devices", lambda target: jax.devices()[:4])
+    monkeypatch.setattr(compile, "compiler_version", lambda target: {})
+    monkeypatch.setattr(compile._Trials, "compile", lambda trials, size: a_program())
+    config = tiny_config()
+    report = compile.report(config, Topology("v5e:2x2"), what, 16)
+    assert report["images_per_chip"] == 4 and report["batch_size"] == 16
+    assert report["flops"]["model"] == 4 * passes * forward_flops(config)
+
+
 def test_one_chip_has_nobody_to_talk_to():
     report = figures(a_program(collectives=[]), Topology("v5e:1x1"), 16, 10**11)
     assert report["estimate"]["collective_seconds"] == 0

@@ -6,11 +6,14 @@ import signal
 import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from ddpm_jax.benchmark import quality
 from ddpm_jax.benchmark.quality import ComparisonOptions, measure, summarise
-from tests.support.tiny import tiny_config
+from ddpm_jax.data.source import ArraySource
+from tests.support.tiny import images, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,22 @@ def test_a_training_that_was_stopped_is_not_judged(
         assert stopped.value.code == 143
     assert not (tmp_path / "seed0" / "ddpm_jax.json").exists()
     assert measure(config, "ddpm_jax", options)["nll"] == 1.0 and not codes
+
+
+@pytest.mark.interop
+def test_the_average_of_pytorch_s_side_takes_its_share_of_each_step() -> None:
+    """After one step it is still nine tenths of the start, where the decay is 0.9."""
+    config = tiny_config(optimizer={"warmup_steps": 0, "learning_rate": 0.1})
+    source = ArraySource(images(config, 32))
+
+    def average(steps: int, decay: float) -> np.ndarray:
+        config.train.steps, config.train.ema_decays = steps, (decay,)
+        params = quality.train_with_diffusers(config, source)
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+    start, end, between = (average(*how) for how in ((0, 0.9), (1, 0.0), (1, 0.9)))
+    assert np.abs(end - start).max() > 0.05
+    np.testing.assert_allclose(between, 0.9 * start + 0.1 * end, atol=1e-6)
 
 
 def test_the_error_of_a_mean_of_two_seeds_is_half_of_their_distance() -> None:

@@ -10,14 +10,17 @@ import jax
 import numpy as np
 import pytest
 
+from ddpm_jax import images
 from ddpm_jax.build import init_params
 from ddpm_jax.cli import code_images, flags
 from ddpm_jax.coding import jobs
 from ddpm_jax.coding.container import Coded, Settings
 from ddpm_jax.coding.files import decompress, identity
 from ddpm_jax.coding.jobs import CodingOptions, code, measure, read_images
+from ddpm_jax.coding.progressive import Received
+from ddpm_jax.diffusion.bound import RateDistortion
 from ddpm_jax.errors import CodingError
-from ddpm_jax.evaluation.nll import Estimate
+from ddpm_jax.evaluation.nll import Estimate, Protocol
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.trained import Trained
@@ -69,15 +72,52 @@ def test_a_measurement_is_recorded_with_its_settings(trained: Trained, tmp_path:
 def test_one_image_is_measured_without_an_error_of_the_bound(
     trained: Trained, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Of one image it is not known; a NaN would lose the record after all the work."""
-    bound = SimpleNamespace(total=Estimate.of(np.array([3.5])), images=1)
-    monkeypatch.setattr(jobs, "evaluate_nll", lambda *arguments, **options: bound)
-    options = CodingOptions("measure", num_images=1, lanes=4)
+    """Of one image it is not known; a NaN would lose the record after all the work.
+
+    The bound is that of the model that codes.
+    """
+    bound, asked = SimpleNamespace(total=Estimate.of(np.array([3.5])), images=1), []
+    monkeypatch.setattr(
+        jobs, "evaluate_nll", lambda *_, **options: asked.append(options["protocol"]) or bound
+    )
+    model = {"clip": False, "cdf": "erf", "seed": 3}
+    options = CodingOptions("measure", num_images=1, lanes=4, **model)
     measure(trained, tmp_path, Devices(jax.devices()[:1]), options)
     (record,) = read_evaluations(tmp_path)
+    assert asked == [Protocol(**model)] and record["settings"] | model == record["settings"]
     assert record["num_images"] == 1 and record["bound"] == 3.5 and record["coded"] > 0
     assert "bound_standard_error" not in record
     assert "nan" not in capsys.readouterr().out.lower()
+
+
+def test_sizes_are_in_bits_for_each_dimension(capsys) -> None:
+    """12 bytes of two images of 48 dimensions, and the 240 bits that a lossless file nets."""
+    levels = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    bound = SimpleNamespace(total=Estimate.of(np.array([1.9, 2.1])), images=2)
+    progressive = Coded({"settings": {"method": "progressive"}}, [bytes(5), bytes(7)])
+    found = jobs.print_sizes(progressive, levels, bound)
+    assert found == pytest.approx({"coded": 1.0, "over_bound": -0.5})
+    lossless = {"settings": {"method": "lossless"}, "net_bits": 240, "initial_bits": 48}
+    found = jobs.print_sizes(Coded(lossless, [bytes(5)]), levels, bound)
+    assert found == pytest.approx({"coded": 2.5, "initial": 0.5, "over_bound": 0.25})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["coded", "12", "1.0000", "0.5000"] in rows
+    assert ["not", "coded", "96", "8.0000", "4.0000"] in rows
+
+
+def test_points_are_in_levels_beside_the_curve_at_as_many(monkeypatch) -> None:
+    """A tenth of [-1, 1]'s half is 12.75 levels, and the curve has a rate between its own there."""
+    levels = np.full((2, 4, 4, 3), 100, np.uint8)
+    x0 = images.from_uint8(levels)
+    steps = [
+        (slice(0, 2), Received(t=t, bits=bits, x0=x0 + error, x=x0))
+        for t, bits, error in ((19, 0, 0.1), (0, 96, 0.02))
+    ]
+    monkeypatch.setattr(jobs, "receive", lambda *_: steps)
+    curve = RateDistortion(np.arange(3.0), np.array([0.0, 1.0, 3.0]), np.array([20.0, 10.0, 2.0]))
+    first, last = jobs.print_points(None, None, levels, curve)
+    assert first == pytest.approx({"rate": 0, "rmse": 12.75, "curve_rate": 0.725}, rel=1e-5)
+    assert last == pytest.approx({"rate": 1, "rmse": 2.55, "curve_rate": 2.8625}, rel=1e-5)
 
 
 def test_a_file_of_other_images_or_of_no_known_network_is_refused(trained: Trained) -> None:
@@ -100,6 +140,9 @@ def test_a_file_of_other_images_or_of_no_known_network_is_refused(trained: Train
         ({"mode": "measure", "num_images": 0}, "num_images=0: must be at least 1"),
         ({"mode": "measure", "seed": -1}, "seed=-1: must be in"),
         ({"mode": "measure", "rate": -1.0}, "rate=-1.0: must be at least 0"),
+        ({"mode": "measure", "method": "zip"}, "method=zip: one of lossless, progressive"),
+        ({"mode": "measure", "group": 0}, "group=0: must be at least 1"),
+        ({"mode": "measure", "cdf": "logistic"}, "cdf=logistic: one of tanh, erf"),
     ],
 )
 def test_what_cannot_be_coded_is_named(options: dict, message: str) -> None:

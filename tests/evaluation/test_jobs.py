@@ -112,6 +112,26 @@ def test_a_likelihood_keeps_its_curve_whatever_is_measured_after_it(
     assert "nll_test_step3_ema0.9_2x3.csv" not in names  # as files were called before
 
 
+def test_each_line_of_a_curve_is_of_one_stratum(nll: Nll, tmp_path: Path) -> None:
+    """With t falling in all columns, while terms and their errors come with t rising."""
+    own = dataclasses.replace(nll, term_error=np.array([0.03, 0.02, 0.01]))
+    rate_distortion.save_csv(tmp_path / "nll.csv", own)
+    names, *rows = rows_of(tmp_path / "nll.csv")
+    columns = dict(zip(names, np.array(rows, float).T, strict=True))
+    t = own.strata.first + (own.strata.size - 1) / 2
+    expected = {
+        "t": t,
+        "timesteps": own.strata.size,
+        "reverse_steps": 20 - t,
+        "term": own.term,
+        "term_standard_error": own.term_error,
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(columns[name], values[::-1], rtol=1e-8, err_msg=name)
+    np.testing.assert_allclose(columns["rate"], own.curve.rate, rtol=1e-8)
+    np.testing.assert_allclose(columns["rmse"], own.curve.rmse, rtol=1e-8)
+
+
 def test_an_audit_keeps_its_pairs_whatever_is_measured_after_it(workdir: Path, drawn: None) -> None:
     """The distances of each record are in its file when all are written."""
     common = {"metrics": ("audit",), "workdir": workdir, "num_images": 4, "reference_images": 30}
