@@ -25,6 +25,7 @@ COVERED = {
     "figures",
     "files",
     "images",
+    "machine",
     "model",
     "network",
     "parallel",
