@@ -151,16 +151,16 @@ def as_source(what: Any, data: DataConfig, name: str = "source") -> Source | Str
             f"{name}: an iterator can be read once: give the function that makes it, so that a "
             "run can go on where it was"
         )
+    if type(what) is ArraySource:  # looked at as the arrays that it holds
+        what = what.images if what.labels is None else (what.images, what.labels)
     if callable(what):
         source: Any = Stream(what)
     elif isinstance(what, Stream):
         source = what
-    elif hasattr(what, "read") and type(what) is not ArraySource:
+    elif hasattr(what, "read"):
         source = what
         check_images(name, source.read(np.arange(min(1, len(source))))["image"])
     else:
-        if type(what) is ArraySource:
-            what = what.images if what.labels is None else (what.images, what.labels)
         images, labels = what if isinstance(what, tuple) and len(what) == 2 else (what, None)
         images = np.asarray(images)
         check_images(name, images)

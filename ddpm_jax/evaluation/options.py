@@ -130,7 +130,6 @@ class EvaluationOptions:
                 f"seeds: {name} is of one draw: measure it by itself, with seed=S",
             )
         if self.samples is not None:
-            unset = {"seeds": (), "guidance": 1.0}
             for name in (
                 "seeds",
                 "sampler",
@@ -143,7 +142,7 @@ class EvaluationOptions:
                 "guidance",
             ):
                 check(
-                    getattr(self, name) == unset.get(name),
+                    getattr(self, name) == getattr(EvaluationOptions, name),  # its default
                     f"{name}: of no use with samples, which are drawn already",
                 )
 

@@ -57,7 +57,8 @@ SMALL = {
 # Fields that a row at full scale may have otherwise: the papers do not say them.
 FREE = (
     *(name for name in FREE_TO_CHANGE if name != "train.steps"),
-    *("model.dtype", "seed"),
+    "model.dtype",
+    "seed",
 )
 
 HELD_OUT = 179  # digits of the test split

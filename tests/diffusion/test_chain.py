@@ -26,6 +26,7 @@ from ddpm_jax.diffusion.samplers import (
 from ddpm_jax.diffusion.schedule import NoiseSchedule, beta_schedule
 from ddpm_jax.diffusion.spacing import spaced_timesteps
 from tests.support.gaussian_chain import GaussianChain
+from tests.support.programs import equations
 
 T = 12
 SHAPE = (4, 4, 3)
@@ -193,22 +194,6 @@ def test_a_row_draws_from_p_mean_variance(prediction: str, variance: str) -> Non
             np.testing.assert_allclose(above - mean, deviation, atol=1e-5)
 
 
-def primitives(jaxpr) -> set[str]:
-    """The names of all operations of a program, those of its inner programs included."""
-    names = set()
-    for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
-        inner = jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda value: hasattr(value, "jaxpr") or hasattr(value, "eqns"),
-        )
-        for value in inner:
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                names |= primitives(value)
-    return names
-
-
 @pytest.mark.parametrize("kind", ["plain", "span", "frames", "inpainting", "multistep"])
 def test_the_chain_is_a_scan(kind: str) -> None:
     """A loop of known length, whatever is asked of it: no while loop, which has no such length."""
@@ -227,7 +212,8 @@ def test_the_chain_is_a_scan(kind: str) -> None:
         span = (rows, rows + 4) if kind == "span" else None
         return reverse_chain(process, table, cubic, x, keys, span=span)
 
-    names = primitives(jax.make_jaxpr(run)(x, keys(2)).jaxpr)
+    program = jax.make_jaxpr(run)(x, keys(2)).jaxpr
+    names = {equation.primitive.name for equation in equations(program)}
     assert "scan" in names and "while" not in names
     assert ("cond" in names) == (kind == "span")
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -272,22 +273,27 @@ def test_each_metric_sees_the_split_that_was_asked_for(
     assert same < 1e-9 < 1e-3 < other
 
 
+def fid_of_three_layers(workdir: Path, folder: Path, **fields: Any) -> EvaluationOptions:
+    """The options of an FID by a network that is written to `folder`."""
+    save_layers(folder / "three.npz")
+    return EvaluationOptions(
+        metrics=("fid",),
+        workdir=workdir,
+        features="64",
+        inception=folder / "three.npz",
+        cache=folder,
+        **fields,
+    )
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_reference_of_a_split_is_of_its_images(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    save_layers(tmp_path / "three.npz")
     known, seen = Reference(None, None, None, {}), []
     monkeypatch.setattr(references, "look_up", lambda *args: seen.append(args[2]) or known)
     monkeypatch.setattr(references, "check", lambda *_: None)
-    options = EvaluationOptions(
-        metrics=("fid",),
-        workdir=workdir,
-        features="64",
-        inception=tmp_path / "three.npz",
-        cache=tmp_path,
-        reference=split,
-    )
+    options = fid_of_three_layers(workdir, tmp_path, reference=split)
     inputs.Inputs(options, ONE).reference()
     (images,) = seen
     assert images.description["split"] == split
@@ -319,16 +325,8 @@ def test_records_of_the_network_name_it_beside_samples_of_others(
 def test_a_reference_says_whether_it_is_of_the_whole_split(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int | None, whole: bool
 ) -> None:
-    save_layers(tmp_path / "three.npz")
     known = Reference(None, None, None, {})
     monkeypatch.setattr(references, "look_up", lambda *_: known)
     monkeypatch.setattr(references, "check", lambda *_: None)
-    options = EvaluationOptions(
-        metrics=("fid",),
-        workdir=workdir,
-        features="64",
-        inception=tmp_path / "three.npz",
-        cache=tmp_path,
-        reference_images=count,
-    )
+    options = fid_of_three_layers(workdir, tmp_path, reference_images=count)
     assert inputs.Inputs(options, ONE).reference().whole == whole
