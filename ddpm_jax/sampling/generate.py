@@ -6,6 +6,7 @@ on how many devices.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,7 +116,9 @@ class Generator:
                 rows = np.minimum(np.arange(start, start + self.batch_size), count - 1)
                 batch = {name: values[rows] for name, values in columns.items()}
                 placed = self.devices.place(self.devices.own_rows(batch))
-                yield self.devices.rows(self._chain(params, placed))[: count - start]
+                with _interruptible():
+                    drawn = self.devices.rows(self._chain(params, placed))
+                yield drawn[: count - start]
 
     def draw(self, params: Params, **inputs: Any) -> np.ndarray:
         """Return all that a call yields, in one array."""
@@ -141,6 +144,20 @@ class Generator:
         news = self._rows_before + int(rows) - self._progress.count
         if news > 0:
             self._progress.update(news)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt for a Ctrl-C during a chain's report: XLA makes its own error of it.
+
+    The signal may fall anywhere between XLA and the report, so that nothing there can hold it off.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "KeyboardInterrupt" not in str(error):
+            raise
+        raise KeyboardInterrupt from None
 
 
 def build_generator(

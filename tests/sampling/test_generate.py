@@ -219,3 +219,20 @@ def test_frames_of_x_t_begin_with_the_noise() -> None:
     assert frames.shape == (1, T + 1, *SHAPE)
     np.testing.assert_allclose(frames[0, 0], written_out_noise(2, 5, T), atol=1e-6)
     np.testing.assert_allclose(frames[0, -1], 0.4, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupt_of_a_report_is_one_of_the_draw(devices: int, raised, monkeypatch) -> None:
+    """XLA calls the reports, and whatever they raise comes out of it as an error of its own."""
+
+    def update(self, steps: int) -> None:
+        raise raised
+
+    made = generator(config_with(), devices, progress=True)
+    expected = KeyboardInterrupt if raised is KeyboardInterrupt else jax.errors.JaxRuntimeError
+    draw = {"seed": 0, "indices": np.arange(2), "labels": np.array([4, 4])}
+    with monkeypatch.context() as patched, pytest.raises(expected):
+        patched.setattr(generate.Progress, "update", update)
+        made.draw(PARAMS, **draw)
+    np.testing.assert_allclose(made.draw(PARAMS, **draw), 0.4, atol=1e-4)  # it draws on
