@@ -18,8 +18,10 @@ from pathlib import Path
 
 from ddpm_jax.cli import flags
 from ddpm_jax.errors import LedgerError
+from ddpm_jax.progress import say
 from ddpm_jax.reproduction import ledger
 from ddpm_jax.reproduction.page import write_page
+from ddpm_jax.reproduction.processes import Stopped, stoppable
 from ddpm_jax.reproduction.rows import (
     HOME,
     RESULTS,
@@ -79,16 +81,22 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 0, or 128 + the number of a signal that ended it."""
     options, overrides = flags.parse_with_overrides(parser(), argv)
     paper = ledger.read_json(ROOT / "benchmarks" / "paper.json")
     if not options.ledger:
         if options.row is None:
             raise LedgerError("--row=NAME says what to reproduce; --ledger writes REPRODUCTION.md")
         how = flags.fill(ReproductionOptions, options, overrides=tuple(overrides))
-        for row in list(paper["rows"]) if options.row == "all" else [options.row]:
-            reproduce(paper, row, how)
+        try:
+            with stoppable():
+                for row in list(paper["rows"]) if options.row == "all" else [options.row]:
+                    reproduce(paper, row, how)
+        except Stopped as stop:
+            say("stopped; the same command goes on")
+            return 128 + stop.number
     if not options.dry_run:
         write_page(options.output, ROOT, paper, ledger.read_records(options.results))
         print(f"wrote {options.output}")
+    return 0

@@ -52,8 +52,13 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _several_hosts() -> bool:
-    """Return whether this process is one of several; it imports no JAX, which would have joined."""
-    return "jax" in sys.modules and sys.modules["jax"].process_count() > 1
+    """Return whether this process is one of several.
+
+    It imports no JAX, which would have joined, and asks for devices only where hosts have joined: a
+    command that computes nothing runs beside one that has taken them all.
+    """
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _hosts() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Run commands in processes of their own, for a time, and have them save when it is over."""
+"""Run commands in processes of their own, and have them save when their time is over."""
 
 from __future__ import annotations
 
@@ -45,11 +45,18 @@ def stoppable() -> Iterator[None]:
 
 
 def call(
-    command: list[str], seconds: float, environment: dict[str, str] | None = None
+    command: list[str],
+    seconds: float | None,
+    environment: dict[str, str] | None = None,
+    typed: list[str] | None = None,
 ) -> int | None:
     """Run Python on a command, in a process group of its own, for some seconds at most.
 
     Then, or when a signal comes here, it gets SIGTERM once: a second signal would not let it save.
+
+    Args:
+      seconds: None where there is no limit.
+      typed: the command as a person would type it, which is printed.
 
     Returns:
       0, or None where the time was over before.
@@ -58,7 +65,7 @@ def call(
       LedgerError: it failed.
       Stopped: by a signal.
     """
-    line = shlex.join(["python", *command])
+    line = shlex.join(typed or ["python", *command])
     print(line, flush=True)
     process = subprocess.Popen(
         [*_ending_with_parent(), sys.executable, *command],
@@ -67,7 +74,7 @@ def call(
         process_group=0,
     )
     try:
-        code = process.wait(max(seconds, 0))
+        code = process.wait(seconds if seconds is None else max(seconds, 0))
     except subprocess.TimeoutExpired:
         return None
     finally:

@@ -8,8 +8,6 @@ one process in at a time.
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from ddpm_jax.files import checkout, shipped
 from ddpm_jax.progress import say
 from ddpm_jax.reproduction import ledger, provenance
 from ddpm_jax.reproduction.ledger import check
+from ddpm_jax.reproduction.processes import call
 from ddpm_jax.reproduction.records import keep, recorded
 from ddpm_jax.runs.workdir import FREE_TO_CHANGE, RECORD, imported_weights
 from ddpm_jax.weights.files import fingerprint
@@ -162,15 +161,20 @@ def check_overrides(config: str, options: ReproductionOptions) -> None:
     """Check that the run of a row is what its cells say that it is.
 
     Raises:
-      LedgerError: a field that makes another network of a row at full scale, or any of one that
-        is imported.
+      LedgerError: a field that makes another network of a row at full scale, or any but the name
+        of the images where one is imported.
     """
     if options.scale != "full" or not options.overrides:
         return
-    named = f"config.{options.overrides[0]}"
-    check(not options.imported, f"{named}: an imported network is not trained: leave it out")
     own, asked = load_config(ROOT / config), load_config(ROOT / config, options.overrides)
-    other = [line for line in differences(own, asked) if not line.startswith(FREE)]
+    # Images of such a set are exported and prepared as a folder, under a name of its own.
+    named = ("data.name",) if "/" in own.data.name else ()
+    for item in options.overrides:
+        check(
+            not options.imported or item.startswith(named),
+            f"config.{item}: an imported network is not trained: leave it out",
+        )
+    other = [line for line in differences(own, asked) if not line.startswith(FREE + named)]
     check(
         not other,
         f"config.{''.join(other[:1])}: at scale=full a row is trained as the paper says: "
@@ -254,7 +258,8 @@ def network_command(
 ) -> list[str]:
     """Return the command that leaves a trained network in `workdir`: its name and its flags."""
     if options.imported:
-        data = load_config(ROOT / described["config"]).data  # which a file does not tell
+        # Which a file does not tell.
+        data = load_config(ROOT / described["config"], options.overrides).data
         return [
             "import_weights",
             f"--layout={described['import']['layout']}",
@@ -298,10 +303,8 @@ def run(command: list[str], dry: bool) -> None:
     Raises:
       LedgerError: it ended with another code than 0.
     """
-    name, *flags = command
-    line = shlex.join(["ddpm", name.replace("_", "-"), *flags])
-    print(line, flush=True)
-    if not dry:
-        process = [sys.executable, "-m", "ddpm_jax.cli", name.replace("_", "-"), *flags]
-        code = subprocess.run(process, check=False).returncode
-        check(code == 0, f"this command ended with code {code}: {line}")
+    typed = ["ddpm", command[0].replace("_", "-"), *command[1:]]
+    if dry:
+        print(shlex.join(typed), flush=True)
+    else:
+        call(["-m", "ddpm_jax.cli", *typed[1:]], None, typed=typed)

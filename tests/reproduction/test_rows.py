@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from ddpm_jax.weights.files import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
+ENVIRONMENT = {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT)}
 SAMPLING = {"sampler": "ancestral", "steps": 50, "spacing": "linspace", "clip": True}
 OWN = [
     {"metric": "nll", "weights": "ema 0.99", "step": 3, "total": 5.0, "split": "test"}
@@ -41,23 +43,23 @@ from ddpm_jax.reproduction import ledger, rows
 
 folder, kept = Path(sys.argv[1]), json.loads(sys.argv[2])
 
-def command(words, **how):
-    told = subprocess.CompletedProcess(words, 0, "8 x TPU v5 lite\\n", "")
-    if words[1:4] == ["-m", "ddpm_jax.cli", "train"]:
+def command(words, *limits, typed):
+    if words[2] == "train":
         workdir = folder / "small" / "eps_simple"
         (workdir / "checkpoints" / "3").mkdir(parents=True)
         (workdir / "config.json").write_text(save_json(load_config("configs/digits.py")))
         (workdir / "evaluations").mkdir()
         (workdir / "evaluations" / "nll.csv").write_text("reverse_steps,rate,rmse\\n1000,3,1\\n")
-    elif words[1:4] == ["-m", "ddpm_jax.cli", "evaluate"]:
+    elif words[2] == "evaluate":
         with open(folder / "small" / "eps_simple" / "evaluations.jsonl", "a") as file:
             for record in kept:
                 if f"--metrics={record['metric']}" in words:
                     file.write(json.dumps(record) + "\\n")
-    print("ran", *words[1:4], file=sys.stderr)
-    return told
+    print("ran", *words[:3], file=sys.stderr)
+    print(*typed)
 
-subprocess.run = command
+rows.call = command
+subprocess.run = lambda words, **how: subprocess.CompletedProcess(words, 0, "8 x TPU v5 lite\\n", "")
 options = rows.ReproductionOptions(runs=folder, results=folder / "results.jsonl")
 rows.reproduce(ledger.read_json(rows.ROOT / "benchmarks/paper.json"), "eps_simple", options)
 """
@@ -66,7 +68,7 @@ rows.reproduce(ledger.read_json(rows.ROOT / "benchmarks/paper.json"), "eps_simpl
 def test_the_parent_opens_no_device(tmp_path):
     """It has a platform that does not exist: whatever asks JAX for devices ends it."""
     command = [sys.executable, "-c", PARENT, str(tmp_path), json.dumps(OWN)]
-    environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ENVIRONMENT
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     ran = [line.split()[3] for line in process.stderr.splitlines() if "-m ddpm_jax.cli" in line]
@@ -86,7 +88,7 @@ def test_the_parent_opens_no_device(tmp_path):
 
 
 def test_the_platform_that_does_not_exist_would_end_a_parent_that_looks():
-    environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-c", provenance.DEVICE]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode != 0 and "nowhere" in process.stderr
@@ -281,7 +283,7 @@ def test_an_import_is_told_the_images_of_its_row(row, tmp_path):
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(rows, "call", None)
     arguments = ["--row=eps_simple", "--scale=full", f"--runs={tmp_path}", "--dry_run"]
     reproduce.main([*arguments, "--imported=x.ckpt"])
     reproduce.main([*arguments, "--config.seed=2", "--config.train.keep_every=5"])
@@ -290,6 +292,17 @@ def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys, monkeypat
     (training,) = (line for line in lines if line.startswith("ddpm train "))
     assert training.endswith("--data_dir=data --config.seed=2 --config.train.keep_every=5")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("imported", [[], ["--imported=x.ckpt"]], ids=["trained", "imported"])
+def test_images_that_are_exported_have_a_name_of_their_own(imported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rows, "call", None)
+    run = ["--scale=full", f"--runs={tmp_path}", "--dry_run", *imported]
+    reproduce.main(["--row=lsun_church", "--config.data.name=churches", *run])
+    network, *_ = capsys.readouterr().out.splitlines()
+    assert "--config.data.name=churches" in network and "lsun/" not in network
+    with pytest.raises(LedgerError, match="config.data.name(=churches: an|: 'cifar10' -> )"):
+        reproduce.main(["--row=eps_simple", "--config.data.name=churches", *run])
 
 
 @pytest.mark.parametrize(
@@ -311,3 +324,43 @@ def test_a_command_that_fails_ends_the_row(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(LedgerError, match="ended with code .*: ddpm train --config=x"):
         rows.run(["train", "--config=x"], dry=False)
+
+
+STOPPED = """
+import sys
+from ddpm_jax.cli import reproduce
+from ddpm_jax.cli.run import run
+from ddpm_jax.reproduction import processes, rows
+
+def saving(command, *limits, typed):
+    processes.call(["-c", sys.argv[1], sys.argv[2]], None, typed=typed)
+
+rows.call = saving
+run(lambda: reproduce.main(["--row=eps_simple", f"--runs={sys.argv[2]}"]))
+"""
+SAVING = """
+import signal, sys, time
+
+def save(number, frame):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_has_the_training_save(number, tmp_path):
+    """It takes as long as it takes; a child that is killed at once has lost its steps."""
+    command = [sys.executable, "-c", STOPPED, SAVING, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, **pipes) as process:
+        assert process.stdout.readline().startswith("ddpm train ")
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert out == "saved\n" and errors == "stopped; the same command goes on\n"
