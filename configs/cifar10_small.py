@@ -2,7 +2,7 @@
 
 Command:   ddpm prepare-data --dataset=cifar10 --data_dir=data
            ddpm train --config=configs/cifar10_small.py --workdir=runs/cifar10_small
-Hardware:  two CPU cores: scenes in their colours after an hour, things in them with each night more
+Hardware:  two CPU cores: scenes in their colours after an hour, things in them after a night
 Expect:    the README shows what the weights that ship draw
 Source:    configs/cifar10.py with a quarter of the width, one block a level and three levels.
            Schedule, prediction and weights are those of configs/faces_small.py, for the same reason

@@ -167,7 +167,7 @@ else:
 # %% [markdown]
 # ## Another learning rate, from where it is
 #
-# The recipe of a run is fixed, so that its result has one. To change it, begin a new run from the
+# A run keeps one recipe, so that its result has one cause. To change it, begin a new run from the
 # old one: from its weights, averages and optimiser, with the fields that are named. Here the
 # learning rate sinks to nothing, which takes the noise out of the weights.
 
@@ -213,8 +213,9 @@ show(ddpm.grid(np.concatenate([before, after]), 16, scale=4), "digits, and on th
 # \epsilon_\theta(x_t)\bigr)\quad (\text{Ho \& Salimans 2022, there with } s = 1 + w)$$
 #
 # A network that sometimes trains without the label knows both terms, and s pushes samples towards
-# the class, at the price of variety. Labels come with a prepared set or, from Python, with
-# `ddpm.train(..., source=(images, labels))`; here they are those of the digits.
+# the class, at the price of variety. Labels come from a folder for each class (`--classes`), with a
+# prepared set or, from Python, with `ddpm.train(..., source=(images, labels))`; here they are those
+# of the digits.
 
 # %%
 fields = [f"train.steps={STEPS}", "model.num_classes=10", "model.label_dropout=0.1"]

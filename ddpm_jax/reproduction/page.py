@@ -11,10 +11,11 @@ import jax
 from ddpm_jax.build import abstract_params, forward_flops
 from ddpm_jax.config import Config, load_config
 from ddpm_jax.files import replacing
-from ddpm_jax.reproduction.ledger import Record, cells, read_json, read_records
+from ddpm_jax.reproduction.ledger import Record, cells, evaluations, read_json, read_records
+from ddpm_jax.reproduction.rows import grouped
 
 H100 = 798e12  # FLOP/s in bfloat16, the peak that was measured on one elsewhere
-UTILISATION = 0.4, 0.1  # of that peak: what a training may reach, from the best to the usual
+UTILISATION = 0.4, 0.1  # of that peak: what a network may reach, from the best to the usual
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -89,12 +90,32 @@ def costs(paper: Record, root: Path) -> str:
                 f"{size / 1e6:.1f} M",
                 f"{flops / 1e9:,.0f}",
                 f"{images / 1e6:,.0f} M",
-                " to ".join(f"{flops * images / H100 / part / 3600:,.1f}" for part in UTILISATION),
+                _gpu_hours(flops * images),
+                _gpu_hours(forward * evaluation_passes(paper, name, config.diffusion.timesteps)),
                 _pod_hours(root, config, images),
             ]
         )
     head = ["row", "config", "published checkpoint", "parameters", "GFLOP an image", "images"]
-    return markdown_table([*head, "hours, one H100", "hours, 8 chips of v5e"], lines) + "\n"
+    hours = ["H100 hours, training", "evaluation", "hours of 8 chips of v5e, training"]
+    return markdown_table([*head, *hours], lines) + "\n"
+
+
+def evaluation_passes(paper: Record, row: str, timesteps: int) -> int:
+    """Count the forward passes, each of one image, that fill the cells of a row.
+
+    Samples take one a step, reconstructions one there and one back, the bound one a term.
+    """
+    passes = 0
+    for metrics, match in grouped(evaluations(paper, row)):
+        steps = match["num_timesteps" if "nll" in metrics else "steps"] or timesteps
+        passes += match["num_images"] * steps * (2 if "reconstruction" in metrics else 1)
+    return passes
+
+
+def _gpu_hours(flops: float) -> str:
+    """Reckon the hours of one H100 over the range of its utilisation."""
+    hours = [flops / H100 / part / 3600 for part in UTILISATION]
+    return " to ".join(f"{value:,.1f}" for value in hours) if flops else "nothing to fill"
 
 
 def network_size(config: Config) -> tuple[int, int]:
@@ -268,8 +289,11 @@ How our values were obtained:
 
 (a) Training it here: `python scripts/reproduce.py --row=ROW --scale=full`. (b) From its published
 checkpoint: `python scripts/reproduce.py --row=ROW --scale=full --imported=FILE`. Both then draw the
-samples, evaluate, and write this file; `--dry_run` prints the single commands instead. Training
-takes three times the arithmetic of a forward pass. Hours on one H100 are an estimate, from 40 % to
+samples and evaluate for the cells of the row, of which `celebahq256` has none, and write this file;
+`--dry_run` prints the single commands instead. Rows of LSUN and CelebA-HQ take images that were
+prepared from a folder with `--config.data.name=NAME` as well. Training takes three times the
+arithmetic of a forward pass; evaluation is the samples, bounds and reconstructions of all its
+cells, without Inception. Hours on one H100 are an estimate, from 40 % to
 10 % of 798 TFLOP/s in bfloat16: for CIFAR-10 3.3, 6.6 and 13 hours at 40, 20 and 10 %. What others
 report for networks of its size (34 to 60 M parameters) is at the slow end: 145 to 236 images/s on
 a V100, 306 to 750 on an RTX 4090, 385 on an A100, where 102 M images take 74 hours at 385. Hours

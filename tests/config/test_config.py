@@ -30,6 +30,7 @@ from ddpm_jax.config import (
 from ddpm_jax.config.rules import In
 from ddpm_jax.diffusion.losses import Objective
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.training.state import build_optimizer
 
 FOLDER = Path(__file__).parents[2] / "configs"
 
@@ -113,7 +114,31 @@ def test_table_2_ends_in_the_papers_choice():
         "diffusion.prediction: 'mu' -> 'eps'",
         "diffusion.variance: 'learned' -> 'fixed_large'",
         "loss.kind: 'vlb' -> 'simple'",
+        "optimizer.epsilon: 1e-05 -> 1e-08",
+        "optimizer.gradient_clip: 1000.0 -> 1.0",
     ]
+
+
+def test_the_bound_of_table_2_is_optimised_as_one_term_of_it():
+    """The paper's code takes one term where L has T: gradients here are T times those there.
+
+    Some are clipped, and some so small that epsilon tells.
+    """
+    ours, papers = (
+        build_optimizer(load_config(f"{FOLDER}/table2.py:{name}").optimizer, 10)
+        for name in ("eps_l_fixed", "eps_simple")
+    )
+    params = {"w": np.ones(3, np.float32)}
+    states = ours.init(params), papers.init(params)
+    for gradient in ([5.0, -1.0, 1e-8], [0.1, 0.2, 3e-8], [0.0, -0.3, -1e-8]):
+        there = {"w": np.array(gradient, np.float32)}
+        here = {"w": 1000 * there["w"]}
+        (update, mine), (expected, theirs) = (
+            ours.update(here, states[0], params),
+            papers.update(there, states[1], params),
+        )
+        states = mine, theirs
+        np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-4)
 
 
 def test_improved_ddpm_is_the_published_network():

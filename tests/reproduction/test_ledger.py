@@ -14,7 +14,13 @@ from ddpm_jax.cli import evaluate, reproduce
 from ddpm_jax.config import load_config
 from ddpm_jax.errors import LedgerError
 from ddpm_jax.reproduction import ledger
-from ddpm_jax.reproduction.page import document, findings_section, number, paper_section
+from ddpm_jax.reproduction.page import (
+    document,
+    evaluation_passes,
+    findings_section,
+    number,
+    paper_section,
+)
 from ddpm_jax.reproduction.records import keep
 from ddpm_jax.reproduction.rows import evaluation_command, grouped
 
@@ -200,6 +206,22 @@ def test_a_run_replaces_its_own_results_only(tmp_path):
         ("mu_l_fixed", 3.0),
         ("eps_simple", 4.0),
     ]
+
+
+@pytest.mark.parametrize(
+    "row, passes",
+    [
+        # As counted by hand from the tables: samples of 1,000 steps, and bounds of 1,000 terms.
+        ("mu_l_learned", 50_000 * 1000),
+        ("celebahq256", 0),
+        ("4k_cosine_vlb", (10_000 + 50_000) * 4000),
+        # Five lines of five numbers of steps.
+        ("celeba64", 5 * 50_000 * (10 + 20 + 50 + 100 + 1000)),
+    ],
+)
+def test_passes_of_an_evaluation_are_counted(row, passes):
+    timesteps = 4000 if row.startswith("4k") else 1000
+    assert evaluation_passes(PAPER, row, timesteps) == passes
 
 
 def test_reproduction_md_is_what_the_ledger_writes():
