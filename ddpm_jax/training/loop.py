@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,11 @@ from ddpm_jax.data.batches import fingerprint, train_batches
 from ddpm_jax.data.load import load_splits, origin_of, own_sources
 from ddpm_jax.data.prefetch import Prefetcher
 from ddpm_jax.data.source import SPLITS
-from ddpm_jax.errors import ConfigError, UserError, WorkdirError, check
+from ddpm_jax.errors import ConfigError, WorkdirError, check
 from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.progress import waiting
+from ddpm_jax.progress import say, waiting
 from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.runs.data_origin import check_origin, data_dir_of, save_origin
 from ddpm_jax.runs.metrics import MetricWriter
@@ -172,6 +172,7 @@ def train(
         if devices.is_main:
             describe(config, state.params, workdir, devices, start)
         state = form.pack(state)
+        del first  # of the size of a state, which the device has once from here on
         evaluate = grids = None
         if held_out is not None:
             evaluate = HeldOut(config, devices, held_out, network)
@@ -184,15 +185,8 @@ def train(
         upcoming = stack.enter_context(Prefetcher(batches, start, devices.place))
         signal = 0
         for done in range(start + 1, config.train.steps + 1):
-            try:
+            with saving_if_it_fails(checkpoints, form, state, done - 1):
                 _, batch = next(upcoming)
-            except UserError:
-                # A record that cannot be read. The other hosts wait in the step, so that only a run
-                # of one host can save what it has.
-                if done - 1 > max(checkpoints.steps(), default=start) and jax.process_count() == 1:
-                    checkpoints.save(done - 1, form.unpack(state))
-                    checkpoints.wait()
-                raise
             if done == start + 1:
                 with waiting("compiling the training step", enabled=devices.is_main):
                     state, metrics = train_step(state, batch)
@@ -204,7 +198,8 @@ def train(
             last = end or signal > 0
             log.add(done, metrics, flush=last or done % config.train.log_every == 0)
             if evaluate and (end or done % config.train.eval_every == 0):
-                measured = evaluate(form.tree(sampling_params(config, state)))
+                with saving_if_it_fails(checkpoints, form, state, done):
+                    measured = evaluate(form.tree(sampling_params(config, state)))
                 writer.write_scalars(done, {"held_out_loss": measured})
                 log.note(f"step {done:,}: held-out loss {measured:.4g}")
             if last or done % config.train.checkpoint_every == 0:
@@ -216,6 +211,26 @@ def train(
                 break
         checkpoints.wait()
         return 128 + signal if signal else 0
+
+
+@contextlib.contextmanager
+def saving_if_it_fails(
+    checkpoints: Checkpoints, form: TreeForm, state: TrainState, step: int
+) -> Iterator[None]:
+    """Save `state`, of `step`, where what runs meanwhile raises: an image that cannot be read, say.
+
+    The other hosts would wait in it, so that only a run of one host can save what it has.
+    """
+    try:
+        yield
+    except Exception:
+        if step > max(checkpoints.steps(), default=0) and jax.process_count() == 1:
+            try:
+                checkpoints.save(step, form.unpack(state))
+                checkpoints.wait()
+            except Exception as error:  # what failed first is the cause, and ends the run
+                say(f"step {step:,} is not saved: {error}")
+        raise
 
 
 def check_shared(workdir: Path, config: Config) -> None:

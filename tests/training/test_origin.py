@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
@@ -16,8 +20,8 @@ from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.trained import find_origin, unpack
 from ddpm_jax.training import loop
 from ddpm_jax.training.loop import train
-from ddpm_jax.training.origin import Origin, carry_over, check_fits, look_up
-from ddpm_jax.training.state import init_state
+from ddpm_jax.training.origin import Origin, carry_over, check_fits, look_up, start_from
+from ddpm_jax.training.state import TrainState, init_state
 from tests.support.commands import command_module
 from tests.support.processes import assert_bit_equal, final_state, metrics, write_config
 from tests.support.tiny import tiny_config
@@ -109,6 +113,39 @@ def test_it_resumes_to_the_bit_without_the_other(source, new, tmp_path):
         longer = tiny_config(train={"steps": 5})
         longer.__dict__.update(config.__dict__ | {"train": longer.train})
         train_on_one(longer, workdir)
+
+
+class Stop(Exception):
+    """Ends a run at its first step."""
+
+
+def test_the_device_holds_what_it_began_with_once(source, tmp_path):
+    """What was read of the other run is gone by the first step, which has a copy in buckets."""
+    config, run = source
+    leaves: list[weakref.ref] = []
+
+    def read(*arguments) -> TrainState:
+        state = start_from(*arguments)
+        leaves.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(state))
+        return state
+
+    def held() -> bool:
+        return any(leaf() is not None for leaf in leaves)
+
+    def soon(true: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not true() and time.monotonic() < end:
+            time.sleep(0.02)
+        return true()
+
+    def step(state, batch) -> None:
+        assert leaves and soon((tmp_path / "new" / "checkpoints" / "0").exists, 60)
+        assert soon(lambda: not held(), 3)  # the thread that saved it may still end
+        raise Stop
+
+    with mock.patch.object(loop, "start_from", read), pytest.raises(Stop):
+        build = {"build_step": lambda *_: step}
+        train_on_one(config, tmp_path / "new", parent=Origin(run), **build)
 
 
 @pytest.mark.slow

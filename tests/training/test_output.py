@@ -10,18 +10,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax.data.batches import TrainBatches
-from ddpm_jax.errors import DataError
+from ddpm_jax.errors import DataError, WorkdirError
 from ddpm_jax.images import load_png
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Lenient
+from ddpm_jax.runs.checkpoints import Checkpoints
 from ddpm_jax.sampling.generate import Generator
 from ddpm_jax.training import loop
+from ddpm_jax.training.form import TreeForm
 from tests.support.processes import (
     ROOT,
     final_state,
@@ -132,3 +137,44 @@ def test_a_record_that_cannot_be_read_saves_what_was_done(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="record 17 of faces"):
         loop.train(config, tmp_path, data_dir=tmp_path, devices=ONE)
     assert int(final_state(config, tmp_path).step) == 3
+
+
+class Failing:
+    """Images from Python, of which `times` batches of 16 can be read."""
+
+    image_shape, labelled = (8, 8, 1), False
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+
+    def __len__(self) -> int:
+        return 40
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        self._left -= len(indices) == 16
+        if self._left < 0:
+            raise ConnectionError("the disk of these images is away")
+        return {"image": np.zeros((len(indices), *self.image_shape), np.uint8)}
+
+
+NETWORK = Network(lambda key: {"x": jnp.ones(())}, lambda params, x_t, *_: params["x"] * x_t)
+
+
+@pytest.mark.parametrize("source, held_out, kept", [(3, 9, 3), (9, 1, 4)])
+def test_images_that_fail_save_what_was_done(tmp_path, source, held_out, kept):
+    """Those of a step, and held-out ones at the second evaluation: whatever they raise."""
+    fields = {"checkpoint_every": 6, "eval_every": 2, "eval_images": 16}
+    config = tiny_config(train=fields)
+    given = {"source": Failing(source), "held_out": Failing(held_out), "network": NETWORK}
+    with pytest.raises(ConnectionError, match="the disk of these images is away"):
+        loop.train(config, tmp_path, data_dir=tmp_path, devices=ONE, **given)
+    with Checkpoints.reading(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [kept]
+
+
+def test_a_save_that_fails_as_well_hides_no_cause(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DataError, match="record 17"):
+        with mock.patch.object(checkpoints, "save", side_effect=WorkdirError("the disk is full")):
+            with loop.saving_if_it_fails(checkpoints, TreeForm(), None, 3):
+                raise DataError("record 17 of faces cannot be read: remove it")
+    assert capsys.readouterr().err == "step 3 is not saved: the disk is full\n"
