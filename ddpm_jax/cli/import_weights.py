@@ -8,8 +8,7 @@ fine-tune: train.py --config=WORKDIR/config.json --workdir=WORKDIR.
 from pathlib import Path
 
 from ddpm_jax.cli import flags
-from ddpm_jax.runs.workdir import check_free
-from ddpm_jax.training.imported import save_imported
+from ddpm_jax.training.imported import check_place, save_imported
 from ddpm_jax.weights.detect import AUTO
 from ddpm_jax.weights.importing import import_weights
 from ddpm_jax.weights.layouts.registry import LAYOUTS
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--weights", choices=["raw", "ema"], help="what a file holds that does not say so itself")
     flags.add_config(parser, required=False)
     options, overrides = flags.parse_with_overrides(parser, argv)
-    was_there = check_free(options.workdir)
+    was_there = check_place(options.workdir)
     imported = import_weights(
         options.layout,
         options.input,

@@ -12,13 +12,22 @@ import jax
 
 from ddpm_jax.config import Config
 from ddpm_jax.errors import WorkdirError
-from ddpm_jax.runs.workdir import (
-    RECORD,
-    check_free,
-    claim_workdir,
-)
+from ddpm_jax.files import read_json
+from ddpm_jax.runs.workdir import RECORD, check_free, claim_workdir
 from ddpm_jax.training.state import init_state
 from ddpm_jax.weights.importing import Imported
+
+
+def check_place(workdir: Path) -> bool:
+    """Check that an import may be put at `workdir`; return whether one lies there (`check_free`).
+
+    Raises:
+      WorkdirError: there is something else, or it is the current folder, in whose place nothing
+        can be put.
+    """
+    if workdir.resolve() == Path.cwd():
+        raise WorkdirError(f"workdir={workdir} is the current folder: name one in it or beside it")
+    return check_free(workdir)
 
 
 def save_imported(workdir: Path, imported: Imported) -> None:
@@ -35,14 +44,14 @@ def save_imported(workdir: Path, imported: Imported) -> None:
 def write_workdir(workdir: Path, config: Config, state: Any, record: dict[str, Any]) -> None:
     """Write config.json, checkpoint 0 and weights.json, first beside `workdir`, then to its name.
 
-    An import that is there, and that nothing was done with (see `check_free`), makes room.
+    An import that is there, and that nothing was done with (see `check_place`), makes room.
 
     Raises:
       WorkdirError: it is not free, or cannot be written; nothing is left behind.
     """
     from ddpm_jax.runs.checkpoints import Checkpoints
 
-    was_there = check_free(workdir)
+    was_there = check_place(workdir)
     try:
         workdir.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{workdir.name}.part-", dir=workdir.parent))
@@ -57,9 +66,19 @@ def write_workdir(workdir: Path, config: Config, state: Any, record: dict[str, A
         part.chmod(0o755)  # mkdtemp's are for their maker alone
         if was_there:
             workdir.rename(part / "before")
-            part.rename(workdir)
-            shutil.rmtree(workdir / "before")
-        else:
+        try:
             part.rename(workdir)  # also onto an empty folder
+        except OSError:
+            if not _holds(workdir, record):
+                raise
+        shutil.rmtree(workdir / "before", ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _holds(workdir: Path, record: dict[str, Any]) -> bool:
+    """Return whether another process has put the same import there meanwhile."""
+    try:
+        return read_json(workdir / RECORD) == json.loads(json.dumps(record))
+    except (OSError, ValueError):
+        return False

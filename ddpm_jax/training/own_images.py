@@ -96,15 +96,22 @@ def choose_config(
       ConfigError: an override that does not serve.
     """
     overrides = list(overrides)
-    said = {item.partition("=")[0] for item in overrides}
+    said, asked = {item.partition("=")[0] for item in overrides}, Config()
+    for item in overrides:
+        override(asked, item)
     if "data.image_size" in said:
         said.add("image_size")
-        image_size = _asked_size(image_size, overrides)
+        size = asked.data.image_size
+        check(
+            image_size in (None, size),
+            f"image_size={image_size}, and config.data.image_size={size}: leave one of them out",
+        )
+        image_size = size
     listing = scan(folder)
     paths, survey = listing.images, survey_images(listing.images)
-    classes = folder_classes(listing) if "data.classes=true" in overrides else ()
+    classes = folder_classes(listing) if asked.data.classes else ()
     fast = devices.devices[0].platform != "cpu"
-    data, why = choose_data(folder, survey, image_size, fast, "data.skip_bad=true" in overrides)
+    data, why = choose_data(folder, survey, image_size, fast, asked.data.skip_bad)
     side = min(data.sides)
     config = Config(
         data=data,
@@ -123,18 +130,6 @@ def choose_config(
         config.train.eval_images = min(held_out, config.train.eval_images)
     choices = [*why, *_explain_classes(config, classes), *_explain(config, fast, held_out)]
     return config, [choice for choice in choices if choice.field not in said]
-
-
-def _asked_size(image_size: int | None, overrides: Sequence[str]) -> int | tuple[int, int]:
-    """Return the size that the last override of data.image_size asks for."""
-    config = Config()
-    for item in overrides:
-        if item.partition("=")[0] == "data.image_size":
-            override(config, item)
-    size = config.data.image_size
-    others = f"image_size={image_size}, and config.data.image_size={size}: leave one of them out"
-    check(image_size in (None, size), others)
-    return size
 
 
 def survey_images(paths: Sequence[Path]) -> Survey:

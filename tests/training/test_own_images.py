@@ -107,6 +107,20 @@ def test_a_size_may_be_said_by_either_name(tmp_path, size):
         choose_config(tmp_path / "in", one_device(), overrides=["data.image_size=large"])
 
 
+@pytest.mark.parametrize("fields", [("true", "true"), ("True", "1"), ("false", "no")])
+def test_what_is_said_goes_by_its_value_and_the_last_counts(tmp_path, fields):
+    """Whichever way it is written; one small image in two hundred is a thumbnail, if any may be."""
+    write(tmp_path / "in" / "cat", 200, 64, 64)
+    write(tmp_path / "in" / "dog", 1, 16, 16)
+    classes, skip_bad = fields
+    overrides = ["data.classes=false", f"data.classes={classes}", f"data.skip_bad={skip_bad}"]
+    config, _ = choose_config(tmp_path / "in", one_device(), overrides=overrides)
+    assert config.model.num_classes == (2 if config.data.classes else 0)
+    assert (config.data.classes, config.data.image_size) == (
+        (True, 32) if classes != "false" else (False, 16)
+    )
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("size, crop", [((32, 64), "none"), ((64, 32), "center"), ((36, 40), None)])
 def test_a_pair_of_sides_is_chosen_for_by_the_shorter_one(tmp_path, fast, size, crop):

@@ -670,6 +670,28 @@ def test_a_shipped_network_becomes_a_run_once(tmp_path, ship):
         unpack("cats", devices, tmp_path / "runs")
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_processes_may_open_what_ships_at_once(tmp_path, ship, seed, monkeypatch):
+    """Both find nothing there, and one is late: the same weights serve it, and no others."""
+    params, devices, runs = ship(0), Devices(jax.devices()[:1]), tmp_path / "runs"
+    rename, others = Path.rename, []
+
+    def late(part, target):
+        if not others:
+            others.append(part)
+            ship(seed)
+            unpack("dots", devices, runs)
+        return rename(part, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    if seed == 0:
+        assert_same(open_trained(unpack("dots", devices, runs), devices).params, params)
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            unpack("dots", devices, runs)
+    assert [path.name for path in runs.iterdir()] == ["dots"]
+
+
 @pytest.mark.parametrize("trained_on, newer", [(True, False), (True, True), (False, True)])
 def test_what_was_done_in_the_run_of_a_shipped_network_stays(tmp_path, ship, trained_on, newer):
     """Trained on, it no longer gives the weights that its name asks for, whether they changed."""
@@ -1025,6 +1047,17 @@ def test_a_used_workdir_is_left_alone(good, tmp_path):
     (run / "notes.txt").write_text("mine")
     assert "run is not empty: take another" in refused(tmp_path, "--config.data.image_size=8")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_the_current_folder_is_no_place_for_an_import(good, tmp_path, monkeypatch):
+    """It is empty, and would pass for free until the network has been read and is put there."""
+    save_file(good[1], tmp_path / "model.safetensors")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for place in (".", tmp_path / "run"):
+        with pytest.raises(WorkdirError, match=f"workdir={place} is the current folder: name one"):
+            import_script.main([f"--input={tmp_path / 'model.safetensors'}", f"--workdir={place}"])
+    assert not any(Path().iterdir())
 
 
 def test_a_failing_disk_leaves_no_half_run(good, tmp_path, monkeypatch):
