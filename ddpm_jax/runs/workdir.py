@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from ddpm_jax.config import Config, differences, from_dict, save_json
+from ddpm_jax.config import Config, SamplingConfig, differences, from_dict, save_json
 from ddpm_jax.errors import WorkdirError
 from ddpm_jax.files import read_json
 from ddpm_jax.runs.data_origin import read_origin
@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.sample_images",
     "train.max_nonfinite_steps",
-    "sampling.",
+    *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)),
     "data.in_memory",
     "data.skip_bad",
 )
@@ -104,9 +104,11 @@ def checkpoint_folders(workdir: Path) -> set[str]:
 def free_to_change(config: Config) -> tuple[str, ...]:
     """List the fields that may change when a run of `config` goes on.
 
-    A learning rate that decays towards train.steps depends on it at every step.
+    A learning rate that decays towards train.steps depends on it at every step. The loss of a
+    student clips what its teacher predicts as sampling does.
     """
     fixed = () if config.optimizer.schedule == "constant" else ("train.steps",)
+    fixed += ("sampling.clip",) if config.distillation.steps else ()
     return tuple(name for name in FREE_TO_CHANGE if name not in fixed)
 
 

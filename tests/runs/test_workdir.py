@@ -80,6 +80,19 @@ def test_a_run_goes_on_with_the_fields_that_its_steps_do_not_see(workdir: Path, 
         assert (workdir / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize("name", ["clip", "steps", "eta"])
+def test_a_student_goes_on_with_the_clip_that_its_loss_reads(tmp_path: Path, name: str) -> None:
+    config = Config()
+    config.distillation.steps, config.distillation.teacher = 4, "runs/teacher"
+    claim_workdir(tmp_path, config)
+    setattr(config.sampling, name, changed(getattr(config.sampling, name)))
+    if name != "clip":
+        claim_workdir(tmp_path, config)
+        return
+    with pytest.raises(WorkdirError, match="another config .sampling.clip: True -> False"):
+        claim_workdir(tmp_path, config)
+
+
 def test_the_path_of_images_is_that_of_the_disk(tmp_path, monkeypatch):
     """link/.. is the folder above what the link leads to; a link by itself stays one."""
     (tmp_path / "far" / "deep").mkdir(parents=True)
