@@ -16,7 +16,7 @@ from ddpm_jax.diffusion.process import Denoiser, q_sample
 from ddpm_jax.distillation.target import SPACING, Halving, student_loss, two_step_target
 from ddpm_jax.errors import ConfigError, WorkdirError, check
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.runs.data_origin import data_dir_of
+from ddpm_jax.runs.data_origin import data_dir_of, from_python, read_origin
 from ddpm_jax.runs.workdir import CONFIG, load_workdir_config
 from ddpm_jax.sampling.sampler import chain_steps
 from ddpm_jax.trained import open_trained
@@ -62,15 +62,14 @@ def distill(
         last = count == steps[-1]
         here = workdir if last else stage(workdir, count)
         config = student_config(teacher.run, count, overrides or [])
-        origin = Origin(teacher.run, teacher.step, averaged=True)
         known = here if (here / CONFIG).is_file() else teacher.run
         code = train(
             config,
             here,
             data_dir=data_dir_of(known, data_dir),
-            parent=origin,
+            parent=Origin(teacher.run, teacher.step, averaged=True),
             devices=devices,
-            build_step=functools.partial(build_student_step, workdir=here, origin=origin),
+            build_step=functools.partial(build_student_step, workdir=here),
         )
         if code:
             return code
@@ -80,7 +79,8 @@ def distill(
 
 def stage(workdir: Path, steps: int) -> Path:
     """Return the run directory of a student on the way to the one in `workdir`."""
-    return workdir.with_name(f"{workdir.name}.stages") / str(steps)
+    named = workdir if workdir.name not in ("", "..") else workdir.resolve()
+    return named.with_name(f"{named.name}.stages") / str(steps)
 
 
 def check_steps(teacher: Config, steps: list[int] | None) -> list[int]:
@@ -108,7 +108,7 @@ def student_config(teacher: Path, steps: int, overrides: list[str]) -> Config:
     """Return the config of a student: the teacher's with its own steps and sampler.
 
     Raises:
-      ConfigError: the teacher's process or an override does not serve.
+      ConfigError: the teacher's process, its images or an override do not serve.
     """
     whole = load_workdir_config(teacher)
     config = copy.deepcopy(whole)
@@ -127,21 +127,28 @@ def student_config(teacher: Path, steps: int, overrides: list[str]) -> Config:
     other = [line for line in differences(whole, config) if line.startswith(SHARED)]
     if other:
         raise ConfigError(f"config.{other[0]}: a student has that of its teacher")
+    named = any(item.startswith(("data.name=", "data.path=")) for item in overrides)
+    check(
+        named or not from_python(read_origin(teacher)),
+        f"teacher={teacher}: it was given its images from Python: name those of its students, such "
+        "as config.data.name=folder with config.data.path=FOLDER",
+    )
     return config
 
 
 def build_student_step(
-    config: Config, devices: Devices, form: TreeForm, *, workdir: Path, origin: Origin
+    config: Config, devices: Devices, form: TreeForm, parent: Origin | None, *, workdir: Path
 ) -> Callable[..., Any]:
     """Build the compiled step of a student, `step(state, batch) -> (state, metrics)`.
 
-    The teacher is the checkpoint that origin.json of `workdir` names.
+    The teacher is the checkpoint `parent` that the student starts from; where it goes on, that
+    which origin.json of `workdir` names. It is looked up once: the newest may be another by now.
 
     Raises:
       WorkdirError: it is not there any more, or another one.
     """
-    record = look_up(read_record(workdir) or origin)
-    teacher = open_trained(record.run, devices, step=record.step).params
+    origin = look_up(read_record(workdir)) if parent is None else parent
+    teacher = open_trained(origin.run, devices, step=origin.step).params
     objective, steps = student_objective(config), config.distillation.steps
     step = build_train_step(config, form, loss=objective, timesteps=steps)
 

@@ -54,7 +54,7 @@ from ddpm_jax.training.state import TrainState, abstract_state, init_state, samp
 from ddpm_jax.training.step import build_train_step
 from ddpm_jax.training.stopping import StopRequest
 
-StepBuilder = Callable[[Config, Devices, TreeForm], Callable[..., Any]]
+StepBuilder = Callable[[Config, Devices, TreeForm, Origin | None], Callable[..., Any]]
 
 
 def train(
@@ -77,7 +77,8 @@ def train(
       step: go on from this checkpoint instead; newer ones are moved aside, not deleted.
       parent: start from this checkpoint of another run where `workdir` is empty, and go on where
         it holds the run that began so.
-      build_step: builds the compiled step of a student, from (config, devices, form).
+      build_step: builds the compiled step of a student, from (config, devices, form, parent), the
+        last as it was found; None where the run goes on.
       network: in place of the UNet of `config.model`; what `adapt` takes.
       source, held_out: images in place of those that `config.data` names; what `as_source` takes.
 
@@ -140,7 +141,7 @@ def train(
         if build_step is None:
             train_step = devices.map_step(build_train_step(config, form, network))
         else:
-            train_step = build_step(config, devices, form)
+            train_step = build_step(config, devices, form, parent)
         with hosts.together():
             stack.enter_context(sole_trainer(workdir))
             if not (workdir / CONFIG).exists():

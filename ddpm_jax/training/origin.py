@@ -24,7 +24,7 @@ from ddpm_jax.config import Config, differences
 from ddpm_jax.errors import WorkdirError
 from ddpm_jax.files import read_json
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.runs.workdir import check_free, load_workdir_config
+from ddpm_jax.runs.workdir import OWN_NETWORK, check_free, load_workdir_config
 from ddpm_jax.training.state import (
     TrainState,
     abstract_state,
@@ -94,7 +94,8 @@ def look_up(origin: Origin) -> Origin:
     """Return `origin` with its absolute path, the number of its step and its hash.
 
     Raises:
-      WorkdirError: there is no such run, no such checkpoint, or another one than at first.
+      WorkdirError: there is no such run, no such checkpoint, or another one than at first; or it
+        is of a network of one's own.
     """
     for part, what in (
         ("config.json", "not a run directory"),
@@ -102,6 +103,11 @@ def look_up(origin: Origin) -> Origin:
     ):
         if not (origin.run / part).exists():
             raise WorkdirError(f"from={origin.run}: {what}, it has no {part}")
+    if (origin.run / OWN_NETWORK).exists():
+        raise WorkdirError(
+            f"from={origin.run}: its network is not in its config, and another run starts from one "
+            "that is: go on in its own directory, from Python"
+        )
     from ddpm_jax.runs.checkpoints import Checkpoints
 
     with Checkpoints.reading(origin.run) as checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from ddpm_jax.distillation.stages import check_steps, distill, stage, student_co
 from ddpm_jax.errors import ConfigError, UserError, WorkdirError
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.workdir import load_workdir_config
+from ddpm_jax.training import loop
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.origin import Origin
 from tests.support.processes import assert_bit_equal, final_state, metrics
@@ -123,6 +125,46 @@ def test_the_data_is_where_the_teacher_had_it(teacher, tmp_path, monkeypatch):
     (student / "data.json").write_text(json.dumps({"data_dir": str(tmp_path)}))
     assert distill(Origin(run), student, steps=[4]) == 143
     assert asked == [run, tmp_path, tmp_path]
+
+
+def test_a_student_learns_from_the_checkpoint_that_it_starts_from(teacher, tmp_path):
+    """The teacher saves a newer one between the choice and the step that learns from it."""
+    run = tmp_path / "teacher"
+    shutil.copytree(teacher[1], run)
+    opened = []
+
+    def start_from(*arguments) -> None:
+        shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "4")
+
+    def open_trained(where, devices, *, step) -> None:
+        opened.append((where, step))
+        raise WorkdirError("enough was seen")
+
+    with (
+        mock.patch.object(loop, "start_from", start_from),
+        mock.patch.object(stages, "open_trained", open_trained),
+        pytest.raises(WorkdirError, match="enough was seen"),
+    ):
+        halve(run, tmp_path / "run", [4])
+    assert opened == [(run.resolve(), 2)]
+
+
+def test_images_from_python_are_named_anew_for_a_student(teacher, tmp_path):
+    shutil.copy(teacher[1] / "config.json", tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps({"train": "40 images, abc"}))
+    with pytest.raises(UserError, match=f"^teacher={tmp_path}: it was given its images from Pyth"):
+        halve(tmp_path, tmp_path / "run", [4])
+    assert student_config(tmp_path, 4, ["data.name=digits"]).data.name == "digits"
+    (tmp_path / "data.json").write_text(json.dumps({"train": "40 images, abc", "data_dir": "x"}))
+    student_config(tmp_path, 4, [])
+
+
+def test_students_on_the_way_lie_beside_the_last(tmp_path, monkeypatch):
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert stage(Path("faces_4"), 8) == Path("faces_4.stages/8")
+    assert stage(Path("."), 8) == tmp_path.resolve() / "run.stages" / "8"
+    assert stage(Path("deep/.."), 8) == tmp_path.resolve() / "run.stages" / "8"
 
 
 def test_what_cannot_be_distilled_is_refused(teacher, student, tmp_path):

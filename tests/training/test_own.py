@@ -15,6 +15,7 @@ from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.runs.data_origin import read_origin
 from ddpm_jax.runs.evaluations import read_evaluations
 from ddpm_jax.training import loop
+from ddpm_jax.training.origin import Origin
 from tests.support.processes import assert_bit_equal
 from tests.support.tiny import images, tiny_config
 
@@ -146,6 +147,8 @@ def test_whose_network_it_is_must_be_said(whole, tmp_path):
         ddpm.load(whole)
     with pytest.raises(ddpm.UserError, match="network is not in its config"):
         train(whole, 4, source=stream, network=None)
+    with pytest.raises(ddpm.UserError, match="^from=.*: its network is not in its config, and"):
+        train(tmp_path, 4, source=stream, parent=Origin(whole))
     with pytest.raises(ddpm.UserError, match="imported weights, which belong to our own UNet"):
         ddpm.load("digits", network=linear())
 
