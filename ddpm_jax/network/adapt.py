@@ -38,7 +38,7 @@ class Network:
     """A network as two pure functions.
 
     Attributes:
-      init: `init(key) -> params`, a tree of float32 arrays.
+      init: `init(key) -> params`, a dict or another tree of float32 arrays.
       apply: `apply(params, x_t, t, labels, dropout) -> output`. x_t is [b,h,w,c], t int32 [b];
         labels is int32 [b], or None where the network has no classes; dropout is None outside of
         training. The output is [b,h,w,c], what `config.diffusion.prediction` says, with twice the
@@ -90,9 +90,12 @@ def check_network(
       classes: how many the network has; 0 for none.
 
     Raises:
-      ConfigError: a parameter that is not float32, or an output of another shape.
+      ConfigError: a bare array in place of a tree, a parameter that is not float32, or an output of
+        another shape.
     """
     params = jax.eval_shape(network.init, jax.random.key(0))
+    bare = jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
+    check(not bare, 'network: its parameters are one bare array: wrap it in a dict, {"w": array}')
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         # An average of fewer bits stands still: what a step adds to it is rounded away.
         check(

@@ -141,6 +141,13 @@ def test_what_is_no_network_is_refused():
         check_network(identity, SHAPE, 2, 0)
 
 
+def test_a_bare_array_is_no_tree_of_parameters():
+    """Each leaf of a state is like it, and what joins parameters takes the counts for them."""
+    network = Network(lambda key: jnp.zeros(()), lambda params, x, t, labels, dropout: params * x)
+    with pytest.raises(ConfigError, match="^network: its parameters are one bare array: wrap it"):
+        check_network(network, SHAPE, 1, 0)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "bfloat16", "float16"])
 def test_parameters_are_float32(dtype):
     """Of a mixture, what joins them would make float32, and no checkpoint would fit the network."""
