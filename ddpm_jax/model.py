@@ -21,7 +21,7 @@ from ddpm_jax.errors import check
 from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
 from ddpm_jax.images import from_uint8, to_uint8
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.sampling.generate import Generator, build_generator
+from ddpm_jax.sampling.generate import Generator, build_generator, even_batch
 from ddpm_jax.sampling.sampler import with_sampling
 from ddpm_jax.trained import Trained, find_origin, open_network
 
@@ -200,7 +200,7 @@ class Model:
         labels = self._labels(labels, n)
         names = ("sampler", "steps", "spacing", "eta", "order")
         changes = tuple(zip(names, (sampler, steps, spacing, eta, order)))
-        generator = self._generator(min(batch_size, n), changes, guidance, progress=progress)
+        generator = self._generator(even_batch(batch_size, n), changes, guidance, progress=progress)
         inputs = {"seed": seed, "indices": np.arange(n), "labels": labels}
         return to_uint8(generator.draw(self._trained.params, **inputs))
 
@@ -301,7 +301,7 @@ class Model:
             ("dynamic_threshold", 0.0),
             ("steps", steps),
         )
-        generator = self._generator(min(batch_size, len(x)), changes, inverted=inverted)
+        generator = self._generator(even_batch(batch_size, len(x)), changes, inverted=inverted)
         numbers, classes = np.arange(len(x)), self._labels(labels, len(x))
         params = self._trained.params
         return generator.draw(params, seed=0, indices=numbers, labels=classes, x=x)

@@ -230,6 +230,14 @@ def test_a_chain_is_the_one_that_was_asked_for(asked, options):
     assert chain == SamplingConfig(**own | options)
 
 
+def test_batches_of_a_call_are_even(asked):
+    """65 samples of at most 64 at once are drawn 33 by 33: 66 go through the network, not 128."""
+    model = bare()
+    model.sample(65, labels=1)
+    model.encode(images(CONFIG, 5), labels=1, batch_size=4)
+    assert [how["batch_size"] for _, how in asked] == [33, 3]
+
+
 def test_codes_are_of_a_chain_that_can_be_turned_round(asked):
     """Whatever the run samples by: without noise, clip and threshold."""
     ours = bare(sampler="ddim", eta=0.7, steps=6, dynamic_threshold=0.9)

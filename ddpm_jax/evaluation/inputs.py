@@ -33,7 +33,7 @@ from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import say
 from ddpm_jax.runs.data_origin import data_dir_of, read_origin
 from ddpm_jax.sampling import shards
-from ddpm_jax.sampling.generate import build_generator
+from ddpm_jax.sampling.generate import build_generator, even_batch
 from ddpm_jax.sampling.sampler import chain_steps, with_sampling
 from ddpm_jax.trained import Trained, find, open_trained
 
@@ -203,7 +203,7 @@ class Inputs:
         generator = build_generator(
             config,
             self.devices,
-            batch_size=min(options.batch_size, count),
+            batch_size=even_batch(options.batch_size, min(count, shards.BLOCK)),
             guidance=options.guidance,
             progress=True,
         )

@@ -35,7 +35,8 @@ def denoising(
 def draw_grid(job: Job) -> None:
     """Draw samples: a PNG grid, an .npz or a folder of PNGs, which a second call goes on with."""
     options, indices = job.options, job.indices(job.count(64))
-    generator = job.generator(len(indices))
+    block = None if options.output.suffix == ".png" else shards.BLOCK
+    generator = job.generator(len(indices), block=block)
 
     def draw(indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
         return generator.draw(job.trained.params, seed=options.seed, indices=indices, labels=labels)

@@ -17,7 +17,7 @@ from ddpm_jax.figures.originals import images_from, images_of
 from ddpm_jax.figures.panels import picture
 from ddpm_jax.files import default_cache
 from ddpm_jax.parallel.devices import Devices
-from ddpm_jax.sampling.generate import Generator, build_generator
+from ddpm_jax.sampling.generate import Generator, build_generator, even_batch
 from ddpm_jax.sampling.sampler import with_sampling
 from ddpm_jax.trained import Trained
 
@@ -107,12 +107,12 @@ class Job:
         """Return the numbers of `count` samples."""
         return self.options.first + np.arange(count)
 
-    def generator(self, count: int, **how: Any) -> Generator:
-        """Build a generator for `count` samples, or more."""
+    def generator(self, count: int, *, block: int | None = None, **how: Any) -> Generator:
+        """Build a generator for `count` samples, or more, `block` at once where it is given."""
         generator = build_generator(
             self.trained.config,
             self.devices,
-            batch_size=min(self.options.batch_size, count),
+            batch_size=even_batch(self.options.batch_size, min(count, block or count)),
             guidance=self.options.guidance,
             progress=True,
             **how,

@@ -36,6 +36,19 @@ def check_draw(seed: int, indices: np.ndarray) -> None:
         check(0 <= index < 2**32, f"indices={index}: must be in 0..2^32-1")
 
 
+def even_batch(batch_size: int, count: int) -> int:
+    """Return the least batch that draws `count` samples in as many calls as `batch_size` does.
+
+    A call costs the same however few of its samples are asked for.
+
+    Raises:
+      ConfigError: a batch of none.
+    """
+    check(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+    calls = -(-count // batch_size)
+    return -(-count // calls)
+
+
 class Generator:
     """A sampler compiled once and mapped over devices.
 

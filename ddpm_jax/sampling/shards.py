@@ -28,6 +28,7 @@ from ddpm_jax.parallel.devices import Devices
 
 PROTOCOL = "protocol.json"
 CONTENTS = "contents.json"
+BLOCK = 512  # samples that are drawn and written at once
 
 
 class PngFolder:
@@ -193,7 +194,7 @@ def fill(
     draw: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
     devices: Devices,
     *,
-    size: int = 512,
+    size: int = BLOCK,
 ) -> int:
     """Draw the samples that are not there yet into `place`, in blocks of `size`.
 

@@ -239,6 +239,29 @@ def test_samples_are_kept_under_all_that_they_depend_on(
             assert count == [expected] * len(protocols)
 
 
+@pytest.mark.parametrize("asked, batch", [(500, 256), (1024, 512)])
+def test_samples_are_drawn_in_even_batches(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, asked: int, batch: int
+) -> None:
+    """A block on disk is 512 samples, whatever is drawn at once: a batch fills as little of it."""
+    built = []
+
+    class Built(Exception):
+        """A generator was asked for."""
+
+    def build(config, devices, *, batch_size: int, **_: object) -> None:
+        built.append(batch_size)
+        raise Built
+
+    monkeypatch.setattr(inputs, "build_generator", build)
+    options = EvaluationOptions(
+        metrics=("pixels",), workdir=workdir, num_images=1000, batch_size=asked
+    )
+    with pytest.raises(Built):
+        _ = inputs.Inputs(options, ONE).samples
+    assert built == [batch]
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_each_metric_sees_the_split_that_was_asked_for(
     workdir: Path, nll: Nll, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str

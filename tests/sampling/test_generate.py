@@ -15,7 +15,7 @@ from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling import generate
-from ddpm_jax.sampling.generate import Generator
+from ddpm_jax.sampling.generate import Generator, even_batch
 from ddpm_jax.sampling.guidance import guided
 from ddpm_jax.sampling.sampler import build_sampler, chain_steps, equidistant_frames
 from tests.support.tiny import tiny_config
@@ -171,6 +171,30 @@ def test_batches_are_rounded_up_to_the_devices(devices: int, asked: int, size: i
     assert made.batch_size == size
     batches = made(PARAMS, seed=0, indices=np.arange(size + 1), labels=np.zeros(size + 1, int))
     assert [len(batch) for batch in batches] == [size, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 65, 488, 512])
+@pytest.mark.parametrize("asked", [1, 2, 64, 500, 1024])
+def test_a_batch_that_is_evened_out_takes_no_more_calls_and_fills_least(asked, count) -> None:
+    """The least of all batches up to the one asked for that take as many calls."""
+    calls = np.ceil(count / np.arange(1, asked + 1))
+    assert even_batch(asked, count) == 1 + np.flatnonzero(calls == calls[-1])[0]
+
+
+def test_a_batch_of_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size=0: must be at least 1"):
+        even_batch(0, 5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_samples_are_the_same_bits_whatever_the_batch(devices: int) -> None:
+    """On one device in one call, and on several: a batch's size and its filling change nothing."""
+    options = {"seed": 1, "indices": 3 + np.arange(9), "labels": np.arange(9)}
+    config = config_with(sampler="ancestral", steps=3)
+    expected = generator(config, batch_size=9).draw(PARAMS, **options)
+    for batch_size in (8, even_batch(8, 9)):
+        drawn = generator(config, devices, batch_size=batch_size).draw(PARAMS, **options)
+        np.testing.assert_array_equal(drawn, expected)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
