@@ -191,7 +191,8 @@ def denoiser(config: Config, network: Network | None = None) -> Bind:
         def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
             of_none = none and labels is None
             given = jnp.full(t.shape, none, jnp.int32) if of_none else labels
-            return network.apply(ready, x_t, t, given, None)
+            # One's own may compute in less: the maths, and what a chain carries, are float32.
+            return network.apply(ready, x_t, t, given, None).astype(jnp.float32)
 
         return denoise
 

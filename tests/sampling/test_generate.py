@@ -13,6 +13,7 @@ from ddpm_jax.config import Config, validate
 from ddpm_jax.diffusion.inpainting import Repaint
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling import generate
 from ddpm_jax.sampling.generate import Generator, even_batch
@@ -226,6 +227,27 @@ def test_the_guidance_of_a_generator_is_the_scale_asked_for(monkeypatch) -> None
         made = generate.build_generator(config, one, guidance=scale)
         drawn = made.draw(PARAMS, seed=0, indices=np.arange(2), labels=np.array([2, 2]))
         np.testing.assert_allclose(drawn, 0.3 - 0.1 * scale, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prediction, fields",
+    [("x0", {"sampler": "dpmpp_2m"}), ("eps", {"sampler": "deis", "rederive_eps": False})],
+)
+def test_a_network_that_computes_in_bfloat16_samples_in_float32(prediction, fields) -> None:
+    """What a chain carries of it is float32, as of a network that rounds and returns float32."""
+    config = config_with(steps=4, **fields)
+    config.diffusion.prediction = prediction
+    one, drawn = Devices(jax.devices()[:1]), []
+    for dtype in ("bfloat16", "float32"):
+
+        def apply(params, x, t, labels, dropout, dtype=dtype):
+            return (0.7 * x).astype("bfloat16").astype(dtype)
+
+        network = Network(lambda key: {"unused": jnp.zeros(1)}, apply)
+        made = generate.build_generator(config, one, network=network, batch_size=2)
+        drawn.append(made.draw(PARAMS, seed=0, indices=np.arange(2)))
+    assert drawn[0].dtype == np.float32
+    np.testing.assert_array_equal(*drawn)
 
 
 @pytest.mark.parametrize("what, first", [("x_t", -1), ("x0", 0)])
