@@ -23,9 +23,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
-# What continuous integration runs: all suites, the oracles compiled in full.
+# All suites, the oracles compiled in full: what continuous integration runs (.ci/run), and the slow tests.
 test-all:
-	.ci/run
+	.ci/run --slow
 
 # Plant the faults of tests/support/mutations.toml one at a time, and count those that the tests catch.
 mutate: $(READY)
