@@ -70,6 +70,10 @@ class CodingOptions:
         for name, modes in (("input", ("decode",)), ("output", ("encode", "decode"))):
             is_there = getattr(self, name) is not None
             check(is_there or self.mode not in modes, f"mode={self.mode} needs {name}=FILE")
+        for name, mode in (("images", "encode"), ("rate", "decode")):
+            value = getattr(self, name)
+            what = f"{name}={value}: of no use with mode={self.mode}, only with mode={mode}"
+            check(value is None or self.mode == mode, what)
         if self.mode == "decode":
             right = self.output.suffix in (".npz", ".png")
             check(right, f"output={self.output}: must end in .npz or .png")

@@ -68,9 +68,10 @@ def test_options_of_an_evaluation_end_where_they_say(accepted: dict, refused: di
     ],
 )
 def test_options_of_coding_end_where_they_say(accepted: dict, refused: dict) -> None:
-    CodingOptions("measure", **accepted)
+    files = {"mode": "decode", "input": Path("x"), "output": Path("x.npz")}
+    CodingOptions(**files, **accepted)
     with pytest.raises(UserError):
-        CodingOptions("measure", **refused)
+        CodingOptions(**files, **refused)
 
 
 @pytest.mark.parametrize("name", ["host_timeout", "start_timeout"])

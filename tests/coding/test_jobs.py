@@ -40,6 +40,10 @@ def test_defaults_are_those_of_the_flags() -> None:
     assert flags.fill(CodingOptions, parsed, **given) == CodingOptions("measure")
 
 
+def of_file(path: Path) -> CodingOptions:
+    return CodingOptions("encode", images=path, output=path)
+
+
 @pytest.mark.parametrize("method", ["lossless", "progressive"])
 def test_images_go_out_and_come_back(trained: Trained, method: str, tmp_path: Path, capsys) -> None:
     devices, file = Devices(jax.devices()[:1]), tmp_path / "images.ddpm"
@@ -47,7 +51,7 @@ def test_images_go_out_and_come_back(trained: Trained, method: str, tmp_path: Pa
     code(trained, tmp_path, devices, encoding)
     back = tmp_path / "back.npz"
     code(trained, tmp_path, devices, CodingOptions("decode", input=file, output=back))
-    levels = read_images(trained, CodingOptions("measure", images=back))
+    levels = read_images(trained, of_file(back))
     np.testing.assert_array_equal(levels, read_images(trained, encoding))
     told = capsys.readouterr().out
     assert f"wrote {file}: 3 images" in told and f"wrote {back}: 3 images, bit for bit" in told
@@ -140,6 +144,12 @@ def test_a_file_of_other_images_or_of_no_known_network_is_refused(trained: Train
         ({"mode": "measure", "num_images": 0}, "num_images=0: must be at least 1"),
         ({"mode": "measure", "seed": -1}, "seed=-1: must be in"),
         ({"mode": "measure", "rate": -1.0}, "rate=-1.0: must be at least 0"),
+        (
+            {"mode": "measure", "images": Path("mine.npz")},
+            "images=mine.npz: of no use with mode=measure, only with mode=encode",
+        ),
+        ({"mode": "measure", "rate": 0.5}, "rate=0.5: of no use with mode=measure, only with mode"),
+        ({"mode": "encode", "output": Path("x"), "rate": 0.5}, "rate=0.5: of no use with mode=enc"),
         ({"mode": "measure", "method": "zip"}, "method=zip: one of lossless, progressive"),
         ({"mode": "measure", "group": 0}, "group=0: must be at least 1"),
         ({"mode": "measure", "cdf": "logistic"}, "cdf=logistic: one of tanh, erf"),
@@ -152,10 +162,10 @@ def test_what_cannot_be_coded_is_named(options: dict, message: str) -> None:
 
 def test_files_without_images_are_named(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(CodingError, match="images=.*none.npz: no such file"):
-        read_images(trained, CodingOptions("measure", images=tmp_path / "none.npz"))
+        read_images(trained, of_file(tmp_path / "none.npz"))
     (tmp_path / "bad.npz").write_bytes(b"bad")
     with pytest.raises(CodingError, match="images=.*bad.npz is damaged .*: name an .npz with"):
-        read_images(trained, CodingOptions("measure", images=tmp_path / "bad.npz"))
+        read_images(trained, of_file(tmp_path / "bad.npz"))
     np.savez(tmp_path / "other.npz", samples=np.zeros(3))
     with pytest.raises(CodingError, match="other.npz has no array arr_0, only samples: name an"):
-        read_images(trained, CodingOptions("measure", images=tmp_path / "other.npz"))
+        read_images(trained, of_file(tmp_path / "other.npz"))
