@@ -22,7 +22,7 @@ from ddpm_jax.evaluation.metrics.kid import GROUPS, kernel_inception_distance
 from ddpm_jax.evaluation.metrics.moments import Moments
 from ddpm_jax.evaluation.metrics.prdc import DENSITY_K, precision_recall_density_coverage
 from ddpm_jax.evaluation.quality_report import Number
-from ddpm_jax.evaluation.references import MOST_FEATURES, Reference
+from ddpm_jax.evaluation.references import MOST_FEATURES, Reference, choose
 from ddpm_jax.parallel import hosts
 
 METRICS = ("fid", "kid", "is", "sfid", "prdc")
@@ -166,19 +166,18 @@ def score(
         distance = frechet_distance(Gaussian.of(features.spatial), reference.spatial)
         numbers.append(Number("sFID", distance))
     if "kid" in metrics:
-        kid = kernel_inception_distance(_subset(features.rows[tap]), reference.features)
+        kid = kernel_inception_distance(*_subsets(features.rows[tap], reference.features))
         extra = {"standard_error": kid.standard_error}
         numbers.append(Number(full_name("KID", tap), kid.mean, extra))
     if "is" in metrics:
         inception = inception_score(features.rows["logits"])
         numbers.append(Number("IS", inception.mean, {"deviation": inception.deviation}))
     if "prdc" in metrics:
-        prdc = precision_recall_density_coverage(_subset(features.rows[tap]), reference.features)
+        prdc = precision_recall_density_coverage(*_subsets(features.rows[tap], reference.features))
         numbers += [Number(full_name(name, tap), value) for name, value in vars(prdc).items()]
     return numbers
 
 
-def _subset(features: np.ndarray) -> np.ndarray:
-    """Take at most MOST_FEATURES rows, at equal distances: all pairs are compared."""
-    count = min(len(features), MOST_FEATURES)
-    return features[np.arange(count) * len(features) // count]
+def _subsets(*sets: np.ndarray) -> list[np.ndarray]:
+    """Take at most MOST_FEATURES rows of each, in orders of their own: all pairs are compared."""
+    return [rows[choose(len(rows), MOST_FEATURES, seed)] for seed, rows in enumerate(sets)]

@@ -5,8 +5,7 @@ pytorch-fid reads as well:
 
     mu, sigma       mean and covariance of the features, float64
     mu_s, sigma_s   of the spatial features, for sFID
-    features        float32 [k,d] of k images at equal distances along the set, for KID, precision
-                    and recall
+    features        float32 [k,d] of k images drawn at random, for KID, precision and recall
     provenance      JSON: data set, split, crop, count, hash of the pixels, tap, resize, Inception
                     and its hash
 
@@ -87,8 +86,7 @@ def build(
     """Compute the statistics of all of `images`, on every host; errors as `Extractor.blocks`."""
     images.check_count(what)
     taps = (tap, "spatial") if "spatial" in extractor.weights.taps else (tap,)
-    rows = min(most_features, images.count)
-    chosen = np.unique(np.arange(rows) * images.count // rows)
+    chosen = np.sort(choose(images.count, most_features))
     moments = {name: Moments() for name in taps}
     features, digest = [], hashlib.sha256()
     for block in extractor.blocks(images, taps, what):
@@ -105,6 +103,15 @@ def build(
     }
     spatial = Gaussian.of(moments["spatial"]) if "spatial" in moments else None
     return Reference(Gaussian.of(moments[tap]), spatial, np.concatenate(features), provenance)
+
+
+def choose(count: int, most: int, seed: int = 0) -> np.ndarray:
+    """Draw the numbers of at most `most` of `count` images, the same for a seed, in a mixed order.
+
+    Images are often in the order of their classes, or have each class in turn: those at equal
+    distances may be of one class alone.
+    """
+    return np.random.Generator(np.random.Philox(seed)).permutation(count)[:most]
 
 
 def file_name(images: ImageSet, extractor: Extractor, tap: str) -> str:

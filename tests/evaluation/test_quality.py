@@ -6,6 +6,7 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import scipy.special
 import scipy.stats
 
@@ -15,6 +16,7 @@ from ddpm_jax.evaluation.metrics.frechet import Gaussian
 from ddpm_jax.evaluation.metrics.inception_score import inception_score
 from ddpm_jax.evaluation.metrics.moments import Moments
 from ddpm_jax.evaluation.quality import Features
+from ddpm_jax.evaluation.quality_report import Number
 from ddpm_jax.evaluation.references import Reference
 
 
@@ -22,20 +24,45 @@ def cubes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def test_numbers_of_all_pairs_take_rows_at_equal_distances(monkeypatch) -> None:
-    """Of 150 samples every third, where 50 are the most: KID sees a drift in their order."""
-    rng = np.random.default_rng(0)
-    rows = (rng.normal(size=(150, 6)) + np.linspace(0, 2, 150)[:, None]).astype(np.float32)
-    real = rng.normal(size=(60, 6)).astype(np.float32)
-    monkeypatch.setattr(quality, "MOST_FEATURES", 50)
+def score(rows: np.ndarray, real: np.ndarray, metric: str) -> list[Number]:
     reference = Reference(Gaussian.of(Moments.of(real)), None, real, {})
-    features = Features({"64": rows}, Moments())
-    (kid,) = quality.score(features, reference, ["kid"], "64")
-    x, y = rows[::3].astype(np.float64), real.astype(np.float64)
+    return quality.score(Features({"64": rows}, Moments()), reference, [metric], "64")
+
+
+def classes_in_turn(count: int, classes: int, seed: int) -> np.ndarray:
+    """Draw features of which number i is of class i % classes: the classes lie far apart."""
+    rng = np.random.default_rng(seed)
+    means = 4 * np.random.default_rng(9).normal(size=(classes, 6))
+    return (rng.normal(size=(count, 6)) + means[np.arange(count) % classes]).astype(np.float32)
+
+
+def test_numbers_of_all_pairs_are_of_all_classes(monkeypatch) -> None:
+    """Of samples with ten classes in turn, where a tenth are the most: KID and coverage."""
+    rows, real = classes_in_turn(500, 10, 0), classes_in_turn(50, 10, 1)
+    monkeypatch.setattr(quality, "MOST_FEATURES", 50)
+    (kid,) = score(rows, real, "kid")
+    chosen = np.random.Generator(np.random.Philox(0)).permutation(500)[:50]
+    assert set(chosen % 10) == set(range(10))
+    x, y = rows[chosen].astype(np.float64), real.astype(np.float64)
     inside = [(cubes(z, z).sum() - np.trace(cubes(z, z))) / (len(z) * (len(z) - 1)) for z in (x, y)]
     expected = sum(inside) - 2 * cubes(x, y).mean()
     assert kid.metric == "KID-64"
     np.testing.assert_allclose(kid.value, expected, rtol=1e-6)
+    coverage = score(rows, real, "prdc")[-1]
+    assert coverage.metric == "coverage-64" and coverage.value > 0.9
+
+
+@pytest.mark.parametrize("order", [np.arange(200), np.random.default_rng(5).permutation(200)])
+def test_the_error_of_the_kid_does_not_know_the_order_of_classes(order: np.ndarray) -> None:
+    """Twenty groups, and twenty classes in turn: of the samples alone, or of the real images too."""
+    sets = [classes_in_turn(200, 20, 0), classes_in_turn(200, 20, 1)[order]]
+    (kid,) = score(*sets, "kid")
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        (other,) = score(*(rng.permutation(rows) for rows in sets), "kid")
+        np.testing.assert_allclose(other.value, kid.value, rtol=1e-9)
+        ratio = other.extra["standard_error"] / kid.extra["standard_error"]
+        assert 0.5 < ratio < 2
 
 
 def test_the_fid_is_that_of_all_rows() -> None:

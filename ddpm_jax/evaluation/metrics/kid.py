@@ -29,7 +29,7 @@ class Kid:
 
 
 def kernel_inception_distance(x: np.ndarray, y: np.ndarray, groups: int = GROUPS) -> Kid:
-    """Compare features x [n,d] and y [m,d], in any order that is not sorted.
+    """Compare features x [n,d] and y [m,d], in a mixed order: every `groups`-th row is a group.
 
     Raises:
       EvaluationError: fewer than twice as many as groups, or features of different sizes.
