@@ -94,7 +94,7 @@ def check_network(
         another shape.
     """
     params = jax.eval_shape(network.init, jax.random.key(0))
-    bare = jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
+    bare = jax.tree.structure(params) == jax.tree.structure(0)
     check(not bare, 'network: its parameters are one bare array: wrap it in a dict, {"w": array}')
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         # An average of fewer bits stands still: what a step adds to it is rounded away.
