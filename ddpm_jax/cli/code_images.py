@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--group",
         type=int,
         metavar="N",
-        help="images side by side (default: lossless 20, progressive all)",
+        help="images side by side (default: lossless 20, progressive 200)",
     )
     add(
         "--step_rate",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.coding.container import MOST_AT_ONCE, Coded, Settings
+from ddpm_jax.coding.container import Coded, Settings
 from ddpm_jax.coding.files import compress, decompress, forward_passes, receive
 from ddpm_jax.coding.progressive import Received
 from ddpm_jax.diffusion.bound import RateDistortion
@@ -22,6 +23,7 @@ from ddpm_jax.runs.evaluations import NAME, append_evaluation
 from ddpm_jax.trained import Trained
 
 MODES = ("encode", "decode", "measure")
+GROUPS = {"lossless": 20, "progressive": 200}  # images side by side, if there are as many
 STOPS = (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 8)  # bits/dim that a receiver reads
 
 
@@ -38,8 +40,7 @@ class CodingOptions:
       input: the coded file that is decoded.
       output: where the result of encoding or decoding goes.
       rate: bits/dim after which decoding a progressive file stops; None reads all of it.
-      group: as in `Settings`; None takes 20 for a lossless file and all images for a progressive
-        one.
+      group: as in `Settings`; None takes GROUPS, or all images if they are fewer.
       method, clip, cdf, step_rate, lanes, seed: as in `Settings`.
 
     Raises:
@@ -81,7 +82,7 @@ class CodingOptions:
 
     def settings(self, count: int) -> Settings:
         """Return the settings for `count` images."""
-        most = MOST_AT_ONCE if self.method == "progressive" else 20
+        most = GROUPS.get(self.method, 1)
         group = max(1, min(most, count)) if self.group is None else self.group
         return Settings(
             method=self.method,
@@ -127,8 +128,8 @@ def decode(trained: Trained, options: CodingOptions) -> None:
         what = "bit for bit"
     else:
         with Progress(None, "decoding step") as progress:
-            steps = list(receive(trained, coded, progress.update))
-        x0, bits = pictures_at(steps, options.rate)
+            steps = receive(trained, coded, progress.update)
+            x0, bits = pictures_at(steps, options.rate)
         levels = images.to_uint8(x0)
         what = f"lossy, from {bits / levels.size:.4f} bits/dim"
     if options.output.suffix == ".npz":
@@ -221,14 +222,18 @@ def print_points(
 
     Each point stands beside the rate at which the rate-distortion curve has the same RMSE.
     """
-    x0, points = images.from_uint8(levels), []
+    x0, points, read = images.from_uint8(levels), [], {}
     # At the noisy end the measured curve is not monotone.
     lowest = np.minimum.accumulate(curve.rmse)
     print(f"\n{'rate (bits/dim)':>16}{'RMSE (0-255)':>15}{'curve at this RMSE':>21}{'ratio':>9}")
-    steps = list(receive(trained, coded))
+    for rows, state in receive(trained, coded):
+        squares = np.sum(np.square(state.x0 - x0[rows]), dtype=np.float64)
+        for stop in STOPS:
+            if state.bits <= stop * state.x0.size:
+                read[stop, rows.start] = state.bits, squares
     for stop in STOPS:
-        received, bits = pictures_at(steps, stop)
-        rate, rmse = bits / x0.size, 127.5 * float(np.sqrt(np.mean((received - x0) ** 2)))
+        bits, squares = np.sum([sums for (at, _), sums in read.items() if at == stop], axis=0)
+        rate, rmse = float(bits) / x0.size, 127.5 * float(np.sqrt(squares / x0.size))
         ideal = float(np.interp(-rmse, -lowest, curve.rate))
         if points and rate == points[-1]["rate"]:
             continue
@@ -237,7 +242,7 @@ def print_points(
     return points
 
 
-def pictures_at(steps: list[tuple[slice, Received]], rate: float) -> tuple[np.ndarray, int]:
+def pictures_at(steps: Iterable[tuple[slice, Received]], rate: float) -> tuple[np.ndarray, int]:
     """Return x0_hat of all images, each group stopped after `rate` bits/dim, and the bits read."""
     last = {rows.start: state for rows, state in steps if state.bits <= rate * state.x0.size}
     x0 = np.concatenate([state.x0 for state in last.values()])

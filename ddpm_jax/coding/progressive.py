@@ -41,6 +41,7 @@ from ddpm_jax.errors import CodingError
 MEMORY = 14  # bits of a state of the trellis
 SURPLUS = 1.1  # bits sent for each bit of KL: what a trellis of this memory falls short of
 LEAST_BITS = 24  # of a step: codes much shorter than that are worth half their length
+AT_ONCE = 64  # segments whose words are compared at once, which takes AT_ONCE * 2^MEMORY numbers
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,10 @@ class SharedNoise:
             return np.zeros(0, np.uint8)
         padded = np.zeros(self._segments * self._width, np.float32)
         padded[: self._size] = lean[self._order]
-        gains = (padded * self._signs).reshape(self._segments, -1) @ self._words.T
-        gains -= np.float32((1 - 1 / self._variance) / 2) * (self._words**2).sum(axis=1)
+        leans = (padded * self._signs).reshape(self._segments, -1)
+        costs = np.float32((1 - 1 / self._variance) / 2) * (self._words**2).sum(axis=1)
+        parts = np.array_split(leans, -(-self._segments // AT_ONCE))
+        gains = (gain for part in parts for gain in part @ self._words.T - costs)
         states = len(self._words)
         top = states >> 1
         # A state is reached from low, or from low with the oldest bit set.

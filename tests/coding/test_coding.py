@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -360,6 +361,20 @@ def test_the_search_finds_the_best_of_all_paths(monkeypatch: pytest.MonkeyPatch)
     assert gain(noise.search(lean)) > np.quantile(
         [gain(path) for path in itertools.product((0, 1), repeat=10)], 0.995
     )
+
+
+def test_a_search_holds_a_few_segments_at_once_and_finds_the_same(monkeypatch) -> None:
+    """The path is that of all words held against all segments in one product, 16 MB of them."""
+    monkeypatch.setattr(progressive, "MEMORY", 12)
+    lean = np.random.default_rng(0).normal(0, 0.7, 1900)
+    noise = SharedNoise(0, 1, lean.size, 1000)
+    tracemalloc.start()
+    path = noise.search(lean)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    monkeypatch.setattr(progressive, "AT_ONCE", 1000)
+    np.testing.assert_array_equal(noise.search(lean), path)
 
 
 def test_shared_noise_leans_as_a_draw_of_the_posterior_does() -> None:

@@ -124,6 +124,43 @@ def test_points_are_in_levels_beside_the_curve_at_as_many(monkeypatch) -> None:
     assert last == pytest.approx({"rate": 1, "rmse": 2.55, "curve_rate": 2.8625}, rel=1e-5)
 
 
+def test_points_are_those_of_all_groups_read_once(monkeypatch) -> None:
+    """Each group stops at the rate for itself: 2 of 3 images after 96 bits, the third after 24."""
+    levels = np.full((3, 4, 4, 3), 100, np.uint8)
+    x0 = images.from_uint8(levels)
+    steps = [
+        (rows, Received(t=t, bits=bits, x0=x0[rows] + error, x=x0[rows]))
+        for rows, t, bits, error in (
+            (slice(0, 2), 19, 0, 0.1),
+            (slice(0, 2), 0, 96, 0.02),
+            (slice(2, 3), 19, 0, 0.3),
+            (slice(2, 3), 5, 24, 0.2),
+            (slice(2, 3), 0, 72, 0.01),
+        )
+    ]
+    monkeypatch.setattr(jobs, "receive", lambda *_: iter(steps))
+    curve = RateDistortion(np.arange(2.0), np.array([0.0, 1.0]), np.array([40.0, 1.0]))
+    points = jobs.print_points(None, None, levels, curve)
+    expected = {  # the mean square of three images, at what they stop at
+        0: (0.1, 0.1, 0.3),
+        24 / 144: (0.1, 0.1, 0.2),
+        120 / 144: (0.02, 0.02, 0.2),
+        168 / 144: (0.02, 0.02, 0.01),
+    }
+    assert [point["rate"] for point in points] == pytest.approx(list(expected))
+    for point, errors in zip(points, expected.values()):
+        assert point["rmse"] == pytest.approx(127.5 * np.sqrt(np.mean(np.square(errors))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, count, group",
+    [("progressive", 179, 179), ("progressive", 10_000, 200), ("lossless", 179, 20)],
+)
+def test_images_of_a_group_are_limited(method: str, count: int, group: int) -> None:
+    """A progressive step of 10,000 images of CIFAR-10 would be one of 600,000 bits."""
+    assert CodingOptions("measure", method=method).settings(count).group == group
+
+
 def test_a_file_of_other_images_or_of_no_known_network_is_refused(trained: Trained) -> None:
     settings = asdict(Settings(lanes=1))
     header = {"shape": [1, 16, 8, 1], "settings": settings, "borrowed": 0}
