@@ -5,6 +5,7 @@ Inception is its first three layers with random weights.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 import zipfile
@@ -275,6 +276,26 @@ def test_reference_of_a_changed_data_set_is_an_error(extractor: Extractor, tmp_p
         EvaluationError, match="is of other images than the split now has: remove it"
     ):
         references.look_up(tmp_path, extractor, changed, "64")
+
+
+def test_a_reference_of_many_pixels_is_known_by_eight_images(
+    extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set prepared anew with another crop has as many images by the same name."""
+    images = pictures(30)
+    real, _ = split(images)
+    built = references.look_up(tmp_path, extractor, real, "64")
+    monkeypatch.setattr(references, "SMALL", 0)
+    assert references.look_up(tmp_path, extractor, real, "64").file == built.file
+    cropped, _ = split(np.roll(images, 1, axis=2))
+    with pytest.raises(EvaluationError, match="is of other images than the split now has"):
+        references.look_up(tmp_path, extractor, cropped, "64")
+    older = dataclasses.replace(built, provenance=built.provenance.copy())
+    del older.provenance["eight_sha256"]
+    references.check_pixels(older, cropped)  # nothing tells
+    monkeypatch.setattr(references, "SMALL", 2**30)
+    with pytest.raises(EvaluationError, match="is of other images than the split now has"):
+        references.check_pixels(older, cropped)
 
 
 # ------------------------------------------------------------------------------------------ numbers
