@@ -22,7 +22,7 @@ from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
 from ddpm_jax.images import from_uint8, to_uint8
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling.generate import Generator, build_generator, even_batch
-from ddpm_jax.sampling.sampler import with_sampling
+from ddpm_jax.sampling.sampler import codes_config, with_sampling
 from ddpm_jax.trained import Trained, find_origin, open_network
 
 GENERATORS = 8  # compiled chains that a model keeps
@@ -285,23 +285,16 @@ class Model:
         guidance: float = 1.0,
         **options: bool,
     ) -> Generator:
-        config = with_sampling(self.config, **dict(changes))
+        configure = codes_config if "inverted" in options else with_sampling
+        config = configure(self.config, **dict(changes))
         how = {"batch_size": batch_size, "guidance": guidance, **options}
         return build_generator(config, self._devices, network=self._network, **how)
 
     def _ddim(
         self, x: np.ndarray, steps: int | None, labels: Labels, batch_size: int, inverted: bool
     ) -> np.ndarray:
-        # Clipped, neither direction would undo the other.
-        changes = (
-            ("sampler", "ddim"),
-            ("eta", 0.0),
-            ("order", 0),
-            ("clip", False),
-            ("dynamic_threshold", 0.0),
-            ("steps", steps),
-        )
-        generator = self._generator(even_batch(batch_size, len(x)), changes, inverted=inverted)
+        even, changes = even_batch(batch_size, len(x)), (("steps", steps),)
+        generator = self._generator(even, changes, inverted=inverted)
         numbers, classes = np.arange(len(x)), self._labels(labels, len(x))
         params = self._trained.params
         return generator.draw(params, seed=0, indices=numbers, labels=classes, x=x)

@@ -44,8 +44,8 @@ class SamplerTable:
     x0: np.ndarray
     x: np.ndarray
     eps: np.ndarray
-    x0_before: np.ndarray | None
     z: np.ndarray
+    x0_before: np.ndarray | None = None
     eps_before: np.ndarray | None = None
     log_variance_low: np.ndarray | None = None
     log_variance_high: np.ndarray | None = None
@@ -128,7 +128,6 @@ def ancestral_table(
         x0=chain.posterior_mean_coef1[::-1],
         x=chain.posterior_mean_coef2[::-1],
         eps=zeros,
-        x0_before=None,
         z=np.append(scale[:0:-1], 0.0),
         **ends,
     )
@@ -160,7 +159,6 @@ def ddim_table(
         x0=to.signal,
         x=zeros,
         eps=np.sqrt(np.maximum(to.noise**2 - sigma**2, 0)),
-        x0_before=None,
         z=sigma,
     )
 
@@ -183,7 +181,6 @@ def ddim_inversion_table(
         x0=np.where(on_image, 0.0, signal),
         x=np.where(on_image, signal, 0.0),
         eps=to.noise[::-1],
-        x0_before=None,
         z=zeros,
     )
 
@@ -253,7 +250,6 @@ def deis_table(
         x0=chain_levels(process.schedule, visits)[1].signal,
         x=zeros,
         eps=weights[:, 0],
-        x0_before=None,
         eps_before=weights[:, 1:],
         z=zeros,
     )

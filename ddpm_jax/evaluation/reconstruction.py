@@ -20,7 +20,7 @@ from ddpm_jax.images import from_uint8
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Progress
 from ddpm_jax.sampling.generate import build_generator
-from ddpm_jax.sampling.sampler import chain_steps, with_sampling
+from ddpm_jax.sampling.sampler import chain_steps, codes_config
 from ddpm_jax.trained import Trained
 
 
@@ -47,10 +47,7 @@ def reconstruction_errors(
     Returns:
       float64 [N].
     """
-    # Clipped, neither of the two inverts the other.
-    config = with_sampling(
-        config, sampler="ddim", eta=0.0, order=0, clip=False, dynamic_threshold=0.0
-    )
+    config = codes_config(config)
     encoder, decoder = (
         build_generator(config, devices, batch_size=batch_size, inverted=inverted)
         for inverted in (True, False)

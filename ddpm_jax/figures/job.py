@@ -18,7 +18,7 @@ from ddpm_jax.figures.panels import picture
 from ddpm_jax.files import default_cache
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling.generate import Generator, build_generator, even_batch
-from ddpm_jax.sampling.sampler import with_sampling
+from ddpm_jax.sampling.sampler import codes_config
 from ddpm_jax.trained import Trained
 
 
@@ -126,10 +126,7 @@ class Job:
 
     def ddim_pair(self, count: int) -> tuple[Generator, Generator]:
         """Build DDIM's encoder and decoder, neither of which clips unless told to."""
-        clip = self.options.clip is True
-        ddim = {"sampler": "ddim", "eta": 0.0, "order": 0, "clip": clip}
-        ddim["dynamic_threshold"] = None if clip else 0.0
-        config = with_sampling(self.trained.config, **ddim)
+        config = codes_config(self.trained.config, clip=self.options.clip is True)
         trained = dataclasses.replace(self.trained, config=config)
         job = dataclasses.replace(self, trained=trained)
         return job.generator(count, inverted=True), job.generator(count)

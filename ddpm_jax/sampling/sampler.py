@@ -152,6 +152,21 @@ def with_sampling(config: Config, **changes: Any) -> Config:
     return validate(dataclasses.replace(config, sampling=sampling))
 
 
+def codes_config(config: Config, *, clip: bool = False, **changes: Any) -> Config:
+    """Have a config sample by DDIM as images become codes x_T and come back: without noise.
+
+    Args:
+      clip: clipped, neither direction undoes the other.
+      changes: as of `with_sampling`.
+
+    Raises:
+      ConfigError: see `validate`.
+    """
+    ddim = {"sampler": "ddim", "eta": 0.0, "order": 0, "clip": clip}
+    threshold = None if clip else 0.0
+    return with_sampling(config, **ddim, dynamic_threshold=threshold, **changes)
+
+
 def equidistant_frames(steps: int, what: str, count: int) -> Frames:
     """Choose `count` frames at equal distances along `steps` rows; for x_t, x_T is one of them.
 

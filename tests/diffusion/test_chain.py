@@ -270,14 +270,7 @@ def test_eps_hat_is_derived_again_from_the_clipped_x0() -> None:
     """x0_hat and eps_hat lead to x_{t-1} along eq. 4 of the clipped x0, not of the prediction."""
     process = GaussianDiffusion(LINEAR)
     t, earlier = T - 1, 3
-    row = (
-        t,
-        CHAIN.signal[earlier],
-        0.0,
-        NOISE[earlier],
-        [],
-        0.0,
-    )  # timestep, x0, x, eps, x0_before, z
+    row = (t, CHAIN.signal[earlier], 0.0, NOISE[earlier], 0.0)  # timestep, x0, x, eps, z
     table = SamplerTable(*(np.array([value]) for value in row))
     x = sample(process, table, point_denoiser(jnp.full((1, *SHAPE), 5.0)), keys(2))
     x_t = initial_noise(keys(2), SHAPE, T)
@@ -345,8 +338,7 @@ def test_noise_is_standard_normal_and_fresh_at_every_step_and_sample() -> None:
         jax.debug.callback(lambda x: states.append(np.asarray(x, np.float64)), x, ordered=True)
         return jnp.zeros_like(x)
 
-    none = np.zeros((T, 0))
-    only_noise = SamplerTable(np.arange(T)[::-1], zeros, ones, zeros, none, ones)  # x_prev = x + z
+    only_noise = SamplerTable(np.arange(T)[::-1], zeros, ones, zeros, ones)  # x_prev = x + z
     end = sample(GaussianDiffusion(LINEAR, "x0"), only_noise, denoise, keys(40))
     jax.effects_barrier()
     noises = np.stack(

@@ -326,7 +326,7 @@ def test_the_scan_keeps_as_many_former_ones_as_the_order_needs(solver: str) -> N
     expected = [down(table, x)[-1] for x in x_T.ravel()]
     np.testing.assert_allclose(x_0.ravel(), expected, atol=3e-4)
     dropped = SamplerTable(
-        table.timesteps, table.x0, table.x, table.eps, None, table.z
+        table.timesteps, table.x0, table.x, table.eps, table.z
     )  # what forgetting them would give
     assert np.abs(sample(dropped, curved_images, clip=False)[1].ravel() - expected).max() > 0.01
 

@@ -18,7 +18,7 @@ from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.sampling import generate
 from ddpm_jax.sampling.generate import Generator, even_batch
 from ddpm_jax.sampling.guidance import guided
-from ddpm_jax.sampling.sampler import build_sampler, chain_steps, equidistant_frames
+from ddpm_jax.sampling.sampler import build_sampler, chain_steps, codes_config, equidistant_frames
 from tests.support.tiny import tiny_config
 
 T, SHAPE = 8, (2, 2, 1)
@@ -87,6 +87,19 @@ def test_the_steps_of_a_chain_are_those_that_its_sampler_takes(
     assert build_sampler(config, inverted=True).steps == count
     with pytest.raises(ConfigError, match="spacing=sections:2,3 has 5; leave steps at 0"):
         chain_steps(config_with(steps=4, spacing="sections:2,3"))
+
+
+@pytest.mark.parametrize("clip, threshold", [(False, 0.0), (True, 0.9)])
+def test_codes_are_of_ddim_without_noise_whatever_the_config_says(clip, threshold) -> None:
+    """Nothing limits x0_hat, unless a clip is asked for: then it is the config's own."""
+    config = config_with(sampler="unipc", order=3, dynamic_threshold=0.9, steps=4, spacing="karras")
+    expected = {"sampler": "ddim", "eta": 0.0, "order": 0, "steps": 6, "spacing": "karras"}
+    expected |= {"clip": clip, "dynamic_threshold": threshold, "rederive_eps": True}
+    made = codes_config(config, clip=clip, steps=6)
+    assert dataclasses.asdict(made.sampling) == expected
+    noisy = config_with(sampler="ddim", eta=0.7)
+    assert codes_config(noisy, clip=clip).sampling.eta == 0
+    assert codes_config(noisy, clip=clip, steps=None).sampling.steps == 0
 
 
 @pytest.mark.parametrize(
