@@ -22,8 +22,8 @@ from ddpm_jax.evaluation import (
     references,
 )
 from ddpm_jax.evaluation.inputs import Inputs
-from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
-from ddpm_jax.evaluation.options import METRICS, EvaluationOptions, check
+from ddpm_jax.evaluation.nll import Protocol, check_labels, evaluate_nll
+from ddpm_jax.evaluation.options import METRICS, OF_IMAGES, EvaluationOptions, check
 from ddpm_jax.evaluation.references import Reference
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.devices import Devices
@@ -84,7 +84,7 @@ class _Job:
           UserError: what is missing, or does not serve.
         """
         inputs, options, metrics = self.inputs, self.inputs.options, {*self.inputs.options.metrics}
-        splits = {options.split} if metrics & {"nll", "reconstruction"} else set()
+        splits = {options.split} if metrics & {*OF_IMAGES} else set()
         if "pixels" in metrics:
             named = options.reference
             check(named in SPLITS, f"reference={named}: pixels are compared with train or test")
@@ -92,6 +92,8 @@ class _Job:
         for split in SPLITS:  # in the same order on all hosts
             if split in splits or "audit" in metrics:
                 inputs.source(split)
+        if metrics & {*OF_IMAGES}:
+            check_labels(inputs.trained.config, inputs.source(options.split))
         if self.of_inception or ("audit" in metrics and self.audit_features):
             weights = inputs.extractor.weights
             quality.check_weights(weights, self.of_inception, options.features)

@@ -127,10 +127,11 @@ def evaluate_nll(
       network: in place of the config's.
 
     Raises:
-      EvaluationError: no images, images that are not 8-bit, a seed, num_timesteps or cdf that is
-        impossible, a network whose output gives no finite bound.
+      EvaluationError: no images, images that are not 8-bit or lack labels, a seed, num_timesteps or
+        cdf that is impossible, a network whose output gives no finite bound.
       ConfigError: from building the process.
     """
+    check_labels(config, source)
     count = len(source) if num_images is None else min(num_images, len(source))
     if count < 1:
         raise EvaluationError(
@@ -193,6 +194,16 @@ def evaluate_nll(
     return sums.result(time.monotonic() - started)
 
 
+def check_labels(config: Config, source: Source) -> None:
+    """Raise EvaluationError where the network needs a class of each image, and there is none."""
+    classes = config.model.num_classes
+    if classes and not source.labelled and not config.model.label_dropout:
+        raise EvaluationError(
+            f"{config.data.name} has no labels: this network has {classes} classes and knows no "
+            "images without one (model.label_dropout=0); take a data set with labels"
+        )
+
+
 def chunk_of_terms(config: Config, protocol: Protocol, network: Network | None = None) -> Terms:
     """Build the function that computes a chunk of terms of one device's images.
 
@@ -207,7 +218,7 @@ def chunk_of_terms(config: Config, protocol: Protocol, network: Network | None =
     ) -> dict[str, jax.Array]:
         params, first, size = inputs
         keys = example_keys(stream_key(protocol.seed, Stream.LIKELIHOOD), batch["index"])
-        denoise = bind(params, batch["label"] if config.model.num_classes else None)
+        denoise = bind(params, batch.get("label") if config.model.num_classes else None)
         x0 = scale_images(batch["image"])
         return bound_terms(
             process, denoise, x0, keys, first, size, clip=protocol.clip, cdf=protocol.cdf

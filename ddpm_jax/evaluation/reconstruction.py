@@ -15,7 +15,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.batches import eval_batches
 from ddpm_jax.data.source import Source
 from ddpm_jax.evaluation.image_sets import read_on_all_hosts
-from ddpm_jax.evaluation.nll import Estimate
+from ddpm_jax.evaluation.nll import Estimate, check_labels
 from ddpm_jax.images import from_uint8
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.progress import Progress
@@ -46,7 +46,11 @@ def reconstruction_errors(
 
     Returns:
       float64 [N].
+
+    Raises:
+      EvaluationError: a network with classes, and images without.
     """
+    check_labels(config, source)
     config = codes_config(config)
     encoder, decoder = (
         build_generator(config, devices, batch_size=batch_size, inverted=inverted)
@@ -57,7 +61,7 @@ def reconstruction_errors(
     with Progress(count, unit="image", enabled=progress and devices.is_main) as bar:
         # Whole batches on each host: a Generator takes its own rows.
         for batch in read_on_all_hosts(eval_batches(source, count, encoder.batch_size)):
-            labels = batch["label"] if config.model.num_classes else None
+            labels = batch.get("label") if config.model.num_classes else None
             originals, valid = from_uint8(batch["image"]), batch["mask"] > 0
             inputs = {"seed": 0, "indices": np.arange(len(originals)), "labels": labels}
             codes = encoder.draw(params, x=originals, **inputs)

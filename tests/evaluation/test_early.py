@@ -9,18 +9,29 @@ import jax
 import numpy as np
 import pytest
 
+from ddpm_jax.data.source import ArraySource
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import inputs, jobs, reconstruction
+from ddpm_jax.evaluation import inputs, jobs, reconstruction, references
 from ddpm_jax.evaluation.inception.weights import load_inception
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.trained import Trained
 from tests.support.inception import save_layers
-from tests.support.tiny import tiny_config
+from tests.support.tiny import images, tiny_config
 
 RUN = Trained(tiny_config(), {}, "raw", 3)
 FROM_PYTHON = Trained(tiny_config(), {}, "raw", 3, data_origin={"train": "3 images"})
+
+
+class Unlabelled(Trained):
+    """A run whose images have no labels."""
+
+    def open_split(self, data_dir: Path, split: str) -> ArraySource:
+        return ArraySource(images(self.config, 50))
+
+
+OF_CLASSES = Unlabelled(tiny_config(model={"num_classes": 4}), {}, "raw", 3)
 
 
 @pytest.fixture
@@ -52,6 +63,8 @@ def folder(tmp_path: Path) -> Path:
             "pixels are compared with tr",
         ),
         (RUN, {"metrics": ("reconstruction", "is")}, "Inception Score needs the"),
+        (OF_CLASSES, {"metrics": ("nll", "fid")}, "digits has no labels: this network has 4"),
+        (OF_CLASSES, {"metrics": ("reconstruction", "fid")}, "digits has no labels"),
         (FROM_PYTHON, {"metrics": ("audit",)}, "the run was given its images from Python"),
         (FROM_PYTHON, {"metrics": ("pixels",)}, "the run was given its images from Python"),
     ],
@@ -65,6 +78,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
     monkeypatch.setattr(inputs, "open_trained", lambda *_, **__: run)
     monkeypatch.setattr(inputs, "build_generator", too_late)
     monkeypatch.setattr(jobs, "evaluate_nll", too_late)
+    monkeypatch.setattr(references, "build", too_late)
     monkeypatch.setattr(reconstruction, "reconstruction_errors", too_late)
     monkeypatch.chdir(folder)
     options = {"inception": Path("three.npz"), "features": "64", "cache": folder} | ask

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,13 @@ from ddpm_jax.data.load import load_source
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.diffusion.randomness import Stream, example_keys, stream_key
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import jobs
+from ddpm_jax.evaluation import jobs, reconstruction
 from ddpm_jax.evaluation.jobs import evaluate
 from ddpm_jax.evaluation.nll import Estimate, EvaluationError, Nll, Protocol, evaluate_nll
 from ddpm_jax.evaluation.options import EvaluationOptions
 from ddpm_jax.evaluation.rate_distortion import save_csv, table_4
 from ddpm_jax.evaluation.reconstruction import reconstruction_errors, report
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.reproduction import ledger
 from ddpm_jax.reproduction.records import recorded
@@ -250,6 +252,40 @@ def test_classes_reach_the_network() -> None:
         for labels in ([0, 0, 0, 0], [2, 2, 2, 2])
     )
     assert first != second
+
+
+def test_images_without_labels_are_those_of_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As label_dropout trains them: the class after the last; without it they are refused."""
+    config = tiny_config(model={"num_classes": 3, "label_dropout": 0.1})
+    pixels, one = images(config, 2), Devices(jax.devices()[:1])
+    network = Network(
+        lambda key: {},
+        lambda params, x, t, labels, dropout: x * labels[:, None, None, None] / 9,
+        lambda params: params,
+    )
+
+    def bound(labels: list[int] | None) -> float:
+        source = ArraySource(pixels, labels and np.array(labels, np.int32))
+        options = {"protocol": Protocol(num_timesteps=2), "network": network}
+        return evaluate_nll(config, {}, source, one, **options).total.mean
+
+    assert bound(None) == bound([3, 3])
+    asked = []
+
+    def draw(params: object, *, x: np.ndarray, labels: np.ndarray | None, **_: object):
+        asked.append(labels)
+        return x
+
+    generator = SimpleNamespace(draw=draw, batch_size=2)
+    monkeypatch.setattr(reconstruction, "build_generator", lambda *_, **__: generator)
+    plain = ArraySource(pixels)
+    np.testing.assert_array_equal(reconstruction_errors(config, {}, plain, one), [0, 0])
+    assert asked == [None, None]
+    config.model.label_dropout = 0.0
+    with pytest.raises(EvaluationError, match="digits has no labels: this network has 3 classes"):
+        bound(None)
+    with pytest.raises(EvaluationError, match="digits has no labels: this network has 3 classes"):
+        reconstruction_errors(config, {}, plain, one)
 
 
 def test_what_has_no_likelihood_is_refused() -> None:
