@@ -21,6 +21,7 @@ from ddpm_jax.evaluation import (
     reconstruction,
     references,
 )
+from ddpm_jax.evaluation.inception.features import check_channels
 from ddpm_jax.evaluation.inputs import Inputs
 from ddpm_jax.evaluation.nll import Protocol, check_labels, evaluate_nll
 from ddpm_jax.evaluation.options import METRICS, OF_IMAGES, EvaluationOptions, check
@@ -94,7 +95,10 @@ class _Job:
                 inputs.source(split)
         if metrics & {*OF_IMAGES}:
             check_labels(inputs.trained.config, inputs.source(options.split))
+        if "pixels" in metrics:
+            pixels.check_shapes(inputs.image_shape, inputs.source(options.reference).image_shape)
         if self.of_inception or ("audit" in metrics and self.audit_features):
+            check_channels(inputs.image_shape, "samples")
             weights = inputs.extractor.weights
             quality.check_weights(weights, self.of_inception, options.features)
         if self.of_inception not in ([], ["is"]):

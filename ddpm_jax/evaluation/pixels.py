@@ -20,21 +20,24 @@ from ddpm_jax.evaluation.metrics.moments import Moments
 MOST = 4096
 
 
+def check_shapes(samples: tuple[int, int, int], real: tuple[int, int, int]) -> None:
+    """Raise EvaluationError unless images of these shapes [h,w,c] have a distance.
+
+    It is for the time before anything is drawn.
+    """
+    if samples != real:
+        raise EvaluationError(f"pixels: images of {[*samples]} and of {[*real]} cannot be compared")
+    if np.prod(samples) > MOST:
+        raise EvaluationError(f"pixels: images of {[*samples]} are too large for it: take fid")
+
+
 def pixel_distance(samples: ImageSet, real: ImageSet) -> float:
     """Compute d^2 of Gaussians fitted to the pixels of both sets, scaled to [-1, 1].
 
     Raises:
-      EvaluationError: fewer than two images, sets of different shapes, or more than MOST numbers
-        an image.
+      EvaluationError: fewer than two images, or as `check_shapes`.
     """
-    if samples.shape != real.shape:
-        raise EvaluationError(
-            f"pixels: images of {[*samples.shape]} and of {[*real.shape]} cannot be compared"
-        )
-    if np.prod(samples.shape) > MOST:
-        raise EvaluationError(
-            f"pixels: images of {[*samples.shape]} are too large for it: take fid"
-        )
+    check_shapes(samples.shape, real.shape)
     return frechet_distance(*(Gaussian.of(_moments(images)) for images in (samples, real)))
 
 

@@ -28,9 +28,11 @@ class Unlabelled(Trained):
     """A run whose images have no labels."""
 
     def open_split(self, data_dir: Path, split: str) -> ArraySource:
-        return ArraySource(images(self.config, 50))
+        return ArraySource(images(self.config, 2))
 
 
+LARGE = Unlabelled(tiny_config(data={"image_size": 64, "channels": 3}), {}, "raw", 3)
+RGBA = Unlabelled(tiny_config(data={"channels": 4}), {}, "raw", 3)
 OF_CLASSES = Unlabelled(tiny_config(model={"num_classes": 4}), {}, "raw", 3)
 
 
@@ -63,6 +65,9 @@ def folder(tmp_path: Path) -> Path:
             "pixels are compared with tr",
         ),
         (RUN, {"metrics": ("reconstruction", "is")}, "Inception Score needs the"),
+        (LARGE, {"metrics": ("pixels",)}, r"pixels: images of \[64, 64, 3\] are too large for it"),
+        (RGBA, {"metrics": ("is",)}, "samples: 4 channels; Inception sees grey and RGB"),
+        (RGBA, {"metrics": ("audit",)}, "samples: 4 channels; Inception sees grey and RGB"),
         (OF_CLASSES, {"metrics": ("nll", "fid")}, "digits has no labels: this network has 4"),
         (OF_CLASSES, {"metrics": ("reconstruction", "fid")}, "digits has no labels"),
         (FROM_PYTHON, {"metrics": ("audit",)}, "the run was given its images from Python"),

@@ -55,6 +55,14 @@ def block_digest(pixels: np.ndarray) -> str:
     ).hexdigest()
 
 
+def check_channels(shape: tuple[int, int, int], what: str = "") -> None:
+    """Raise EvaluationError unless Inception sees images of this shape [h,w,c]."""
+    if shape[-1] not in (1, 3):
+        raise EvaluationError(
+            f"{what or 'images'}: {shape[-1]} channels; Inception sees grey and RGB"
+        )
+
+
 class Extractor:
     """Inception on all devices.
 
@@ -104,10 +112,7 @@ class Extractor:
           EvaluationError: weights that lack a tap, images that are neither grey nor RGB, or
             features that are not finite.
         """
-        if images.shape[-1] not in (1, 3):
-            raise EvaluationError(
-                f"{what or 'images'}: {images.shape[-1]} channels; Inception sees grey and RGB"
-            )
+        check_channels(images.shape, what)
         for tap in taps:
             self.weights.require(tap, what or "this")
         with Progress(images.count, "image", enabled=self._progress) as bar:
