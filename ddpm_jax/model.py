@@ -152,10 +152,9 @@ class Model:
           learned.
         """
         x_t = jnp.asarray(x_t, jnp.float32)
-        shape = x_t.shape[:1]
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), shape)
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x_t.shape[:1])
         if labels is not None:
-            labels = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), shape)
+            labels = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), x_t.shape[:1])
         return self._denoise(self.params, x_t, t, labels)
 
     @functools.cached_property
@@ -176,8 +175,12 @@ class Model:
         guidance: float = 1.0,
         batch_size: int = 64,
         progress: bool = False,
+        first: int = 0,
+        clip: bool | None = None,
+        rederive_eps: bool | None = None,
+        dynamic_threshold: float | None = None,
     ) -> np.ndarray:
-        """Draw samples 0 to n - 1 of `seed`, the same as the command `ddpm sample` draws.
+        """Draw samples `first` to `first + n - 1` of `seed`, as the command `ddpm sample` does.
 
         Args:
           sampler: "ancestral", "ddim", "unipc" or another; the config's by default, as all.
@@ -190,18 +193,23 @@ class Model:
           guidance: classifier-free, towards the label; 1 is none.
           batch_size: samples at once, over all devices.
           progress: show the steps done and the time left on stderr.
+          clip, dynamic_threshold: limit x0_hat to [-1, 1], or by this percentile of each sample.
+          rederive_eps: of ddim and deis, derive eps_hat from the limited x0_hat.
 
         Returns:
           uint8 [n,h,w,c].
         """
         check(n >= 1, f"n={n}: must be at least 1")
-        check(0 <= seed < 2**32, f"seed={seed}: must be in 0..2^32-1")
+        check(0 <= first <= 2**32 - n, f"first={first}: must be in 0..{2**32 - n}")
         check(guidance == 1 or labels is not None, f"guidance={guidance}: give labels")
-        labels = self._labels(labels, n)
-        names = ("sampler", "steps", "spacing", "eta", "order")
-        changes = tuple(zip(names, (sampler, steps, spacing, eta, order)))
+        of_eps = (sampler or self.config.sampling.sampler) in ("ddim", "deis")
+        check(of_eps or rederive_eps is None, "rederive_eps: only ddim and deis use eps_hat")
+        indices = first + np.arange(n)
+        inputs = {"seed": seed, "indices": indices, "labels": self._labels(labels, indices)}
+        names = "sampler steps spacing eta order clip rederive_eps dynamic_threshold".split()
+        values = (sampler, steps, spacing, eta, order, clip, rederive_eps, dynamic_threshold)
+        changes = tuple(zip(names, values))
         generator = self._generator(even_batch(batch_size, n), changes, guidance, progress=progress)
-        inputs = {"seed": seed, "indices": np.arange(n), "labels": labels}
         return to_uint8(generator.draw(self._trained.params, **inputs))
 
     def encode(
@@ -265,7 +273,7 @@ class Model:
           The mean over the images.
         """
         images = self._images(images)
-        classes = self._labels(labels, len(images))
+        classes = self._labels(labels, np.arange(len(images)))
         source = ArraySource(images, None if classes is None else classes.astype(np.int32))
         nll = evaluate_nll(
             self.config,
@@ -295,9 +303,9 @@ class Model:
     ) -> np.ndarray:
         even, changes = even_batch(batch_size, len(x)), (("steps", steps),)
         generator = self._generator(even, changes, inverted=inverted)
-        numbers, classes = np.arange(len(x)), self._labels(labels, len(x))
-        params = self._trained.params
-        return generator.draw(params, seed=0, indices=numbers, labels=classes, x=x)
+        numbers = np.arange(len(x))
+        inputs = {"seed": 0, "indices": numbers, "labels": self._labels(labels, numbers)}
+        return generator.draw(self._trained.params, x=x, **inputs)
 
     def _images(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images)
@@ -311,12 +319,12 @@ class Model:
         fits = array.ndim == 4 and array.shape[1:] == shape and len(array) > 0
         check(fits, f"{name}: of shape {list(array.shape)}, must be [{what}]")
 
-    def _labels(self, labels: Labels, count: int) -> np.ndarray | None:
-        """Return the classes of `count` images, the given ones in turn."""
+    def _labels(self, labels: Labels, indices: np.ndarray) -> np.ndarray | None:
+        """Return the classes of images with numbers `indices`, the given ones in turn."""
         classes = self.config.model.num_classes
         if labels is None:
             optional = not classes or self.config.model.label_dropout
             check(bool(optional), f"labels: this network has {classes} classes and needs one each")
             return None
         given = classes_of(labels, self.classes, classes)
-        return given[np.arange(count) % len(given)]
+        return given[indices % len(given)]

@@ -137,6 +137,7 @@ def test_samples_are_those_of_the_command(run, tiny, tmp_path):
     np.testing.assert_array_equal(samples, expected)
     assert not np.array_equal(samples, tiny.sample(5, seed=3, **options | {"spacing": None}))
     assert tiny.sample(1, 0, "ddim", 2, labels=3).shape == (1, 8, 8, 1)
+    np.testing.assert_array_equal(tiny.sample(3, seed=3, first=1, **options), expected[1:4])
 
 
 def test_classes_may_be_named_as_the_command_names_them(run, tmp_path):
@@ -219,6 +220,8 @@ def bare(**sampling: object) -> ddpm.Model:
         {"sampler": "deis", "steps": 4, "order": 3},
         {"sampler": "ddim", "steps": 5, "spacing": "trailing", "eta": 0.5},
         {"sampler": "unipc", "steps": 3, "spacing": "logsnr", "order": 2},
+        {"clip": False, "rederive_eps": False},
+        {"dynamic_threshold": 0.9},
         {"steps": 0},
         {},
     ],
@@ -288,6 +291,15 @@ def test_denoise_takes_numpy_and_serves_the_maths(tiny):
     [
         (lambda m: m.sample(0, labels=1), "n=0: must be at least 1"),
         (lambda m: m.sample(1, seed=-1, labels=1), "seed=-1: must be in"),
+        (lambda m: m.sample(1, first=-1, labels=1), r"first=-1: must be in 0\.\.4294967295$"),
+        (
+            lambda m: m.sample(2, first=2**32 - 1, labels=1),
+            r"first=.*: must be in 0\.\.4294967294$",
+        ),
+        (
+            lambda m: m.sample(1, labels=1, sampler="unipc", rederive_eps=False),
+            "rederive_eps: only ddim and deis use eps_hat",
+        ),
         (lambda m: m.sample(1, labels=10), "labels=10: must be in 0..9"),
         (lambda m: m.sample(1, labels=-1), "labels=-1: must be in 0..9"),
         (lambda m: m.sample(1, labels=[]), r"labels=\[\]: must be in 0..9"),
