@@ -133,12 +133,15 @@ def of_array(images: np.ndarray, description: dict[str, Any]) -> ImageSet:
     )
 
 
-def open_images(path: Path) -> ImageSet:
+def open_images(path: Path, channels: int = 3) -> ImageSet:
     """Open a folder of images, at any depth and all of one size, or an .npz with arr_0.
+
+    Args:
+      channels: of the images of a folder, 1, 3 or 4; those of an .npz are as they are.
 
     Raises:
       EvaluationError: nothing there, or not images that `of_array` takes.
-      DataError: a folder without images.
+      DataError: a folder without images, or an image that has not these channels.
     """
     if path.suffix == ".npz":
         description = {"file": path.name} | _protocol(path.with_name(f"{path.name}.parts"))
@@ -148,12 +151,12 @@ def open_images(path: Path) -> ImageSet:
             f"samples={path}: a folder of images, or an .npz with arr_0; unpack an archive first"
         )
     paths = list_images(path)
-    shape = _read_file(paths[0]).shape
+    shape = _read_file(paths[0], channels).shape
 
     def read(indices: np.ndarray) -> np.ndarray:
         images = np.empty((len(indices), *shape), np.uint8)
         for row, index in enumerate(indices):
-            image = _read_file(paths[index])
+            image = _read_file(paths[index], channels)
             if image.shape != shape:
                 sizes = [f"{width}x{height}" for height, width, _ in (image.shape, shape)]
                 raise EvaluationError(
@@ -186,10 +189,9 @@ def _protocol(folder: Path) -> dict[str, Any]:
     return {"drawn": drawn}
 
 
-def _read_file(path: Path) -> np.ndarray:
-    return decoding.to_pixels(
-        decoding.to_channels(decoding.open_image(path, str(path)), 3, str(path))
-    )
+def _read_file(path: Path, channels: int) -> np.ndarray:
+    image = decoding.open_image(path, str(path))
+    return decoding.to_pixels(decoding.to_channels(image, channels, str(path)))
 
 
 def _array_of(path: Path) -> np.ndarray:

@@ -62,7 +62,10 @@ class Inputs:
         if self.workdir is not None:
             self.trained = self._open_run(self.workdir)
             self.data = self.trained.config.data
-        self.given = None if options.samples is None else _open_everywhere(options.samples)
+        self.given: ImageSet | None = None
+        if options.samples is not None:
+            channels = 3 if self.data is None else self.data.channels
+            self.given = _open_everywhere(options.samples, channels)
         self._sources: dict[str, Source] = {}
 
     def _open_run(self, workdir: Path) -> Trained:
@@ -261,9 +264,9 @@ class Inputs:
             return reference
 
 
-def _open_everywhere(path: Path) -> ImageSet:
+def _open_everywhere(path: Path, channels: int = 3) -> ImageSet:
     """Open images on all hosts; they must be the same on each."""
     with hosts.together():
-        images = open_images(path)
+        images = open_images(path, channels)
     hosts.same(f"the images in {path.name}", (images.description, images.shape, images.count))
     return images

@@ -87,6 +87,21 @@ def test_images_from_folders_and_files_are_the_same(tmp_path: Path) -> None:
     assert open_images(tmp_path / "folder").description == {"folder": "folder", "formats": ".png"}
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_folders_have_the_channels_of_the_run(tmp_path: Path, channels: int) -> None:
+    """Grey and RGBA samples are the same whether they lie in a folder or in an .npz."""
+    images = pictures(3, channels=channels)
+    for number, image in enumerate(images):
+        save_png(tmp_path / "folder" / f"{number}.png", image)
+    save_npz(tmp_path / "same.npz", images)
+    config = tiny_config(data={"channels": channels})
+    for name in ("folder", "same.npz"):
+        options = EvaluationOptions(config=config, samples=tmp_path / name)
+        given = inputs.Inputs(options, Devices(jax.devices()[:1])).given
+        assert given.shape == (8, 8, channels)
+        np.testing.assert_array_equal(given.read(np.arange(3)), images)
+
+
 def test_own_samples_say_how_they_were_drawn(tmp_path: Path) -> None:
     save_npz(tmp_path / "x.npz", pictures(2))
     parts = tmp_path / "x.npz.parts"
