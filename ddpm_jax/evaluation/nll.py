@@ -84,7 +84,7 @@ class Nll:
     Attributes:
       prior, middle, decoder, total: L_T, the sum of L_t for t >= 1, L_0, and their sum.
       term, term_error: float64 [K], mean and standard error over images of the term in each
-        stratum, t rising.
+        stratum, t rising; NaN for the error of one image.
       curve: the rate-distortion curve, t falling.
       images: how many images.
       seconds: of measuring, compilation included.
@@ -258,7 +258,8 @@ class _Sums:
         per_image = {name: np.concatenate(values) for name, values in self._images.items()}
         count = len(per_image["prior"])
         mean = {name: values / count for name, values in self._strata_sums.items()}
-        variance = np.maximum(mean["term_squared"] - mean["term"] ** 2, 0) / max(count - 1, 1)
+        variance = np.maximum(mean["term_squared"] - mean["term"] ** 2, 0)
+        variance = variance / (count - 1) if count > 1 else np.full_like(variance, math.nan)
         prior = Estimate.of(per_image["prior"])
         return Nll(
             strata=self._strata,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,25 @@ from ddpm_jax.build import build_process, denoiser, init_params
 from ddpm_jax.data.source import ArraySource
 from ddpm_jax.diffusion.bound import bound_terms, prior_term
 from ddpm_jax.evaluation.nll import Protocol, evaluate_nll
+from ddpm_jax.evaluation.rate_distortion import save_csv
+from ddpm_jax.network.adapt import Network
 from ddpm_jax.parallel.devices import Devices
 from tests.support.tiny import images, tiny_config
 
 LIKELIHOOD = 9  # number of the stream
+
+
+def test_one_image_leaves_the_errors_of_terms_unknown(tmp_path: Path) -> None:
+    """In the CSV as in the table; the terms themselves are known."""
+    config, one = tiny_config(), Devices(jax.devices()[:1])
+    network = Network(lambda key: {}, lambda params, x, *_: x / 2, lambda params: params)
+    source, protocol = ArraySource(images(config, 1)), Protocol(num_timesteps=3)
+    nll = evaluate_nll(config, {}, source, one, protocol=protocol, network=network)
+    assert np.isnan(nll.total.standard_error) and np.isnan(nll.term_error).all()
+    save_csv(tmp_path / "nll.csv", nll)
+    rows = np.genfromtxt(tmp_path / "nll.csv", delimiter=",", names=True)
+    assert len(rows) == 3 and np.isnan(rows["term_standard_error"]).all()
+    assert np.isfinite(rows["term"]).all()
 
 
 def test_errors_are_deviations_over_images_by_the_root_of_their_number() -> None:
