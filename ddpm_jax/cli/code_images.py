@@ -103,15 +103,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the decoder p(x_0 | x_1) (default: tanh)",
     )
     add("--seed", type=int, default=0, help="of initial bits, or of the shared noise (default: 0)")
-    add(
-        "--weights",
-        default="ema",
-        metavar="NAME",
-        help="ema, raw, or a decay such as 0.9999 (default: ema)",
-    )
-    add(
-        "--step", type=flags.step, metavar="N", help="the checkpoint, or best (default: the newest)"
-    )
+    flags.add_weights(command)
     return command
 
 

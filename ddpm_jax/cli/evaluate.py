@@ -28,7 +28,6 @@ and hosts.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from ddpm_jax.cli import flags
@@ -42,8 +41,6 @@ from ddpm_jax.evaluation.inception.resize import RESIZES
 from ddpm_jax.evaluation.inception.weights import FEATURES
 from ddpm_jax.evaluation.jobs import build_reference, evaluate
 from ddpm_jax.evaluation.options import METRICS, EvaluationOptions
-
-CLIP = {None: None, "true": True, "false": False}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,15 +67,7 @@ def parser() -> argparse.ArgumentParser:
         help="images at once, over all devices (default: 128)",
     )
     add("--seed", type=int, default=0, help="of every draw (default: 0)")
-    add(
-        "--weights",
-        default="ema",
-        metavar="NAME",
-        help="ema, raw, or a decay such as 0.9999 (default: ema)",
-    )
-    add(
-        "--step", type=flags.step, metavar="N", help="the checkpoint, or best (default: the newest)"
-    )
+    flags.add_weights(command)
     add(
         "--clip",
         choices=["true", "false"],
@@ -181,21 +170,20 @@ def parser() -> argparse.ArgumentParser:
 
 def options_of(parsed: argparse.Namespace, overrides: list[str]) -> EvaluationOptions:
     """Turn flags into the options of the same names."""
-    names = {field.name for field in dataclasses.fields(EvaluationOptions)}
-    values = {name: value for name, value in vars(parsed).items() if name in names}
-    for name in ("seeds", "label"):
-        values[name] = None if values[name] is None else tuple(values[name])
-    values["seeds"] = values["seeds"] or ()
-    values["metrics"] = tuple(values["metrics"].split(",")) if values["metrics"] else ()
-    values["clip"] = CLIP[values["clip"]]
-    if values["config"] is not None:
-        values["config"] = load_config(values["config"], overrides)
-    elif overrides:
+    if overrides and parsed.config is None:
         raise EvaluationError(
             f"--config.{overrides[0]}: of no use without --config: a run has its own, and --steps, "
             "--sampler and other flags of the samples say otherwise"
         )
-    return EvaluationOptions(**values)
+    return flags.fill(
+        EvaluationOptions,
+        parsed,
+        metrics=tuple(parsed.metrics.split(",")) if parsed.metrics else (),
+        seeds=tuple(parsed.seeds or ()),
+        label=None if parsed.label is None else tuple(parsed.label),
+        clip=flags.TRUTH[parsed.clip],
+        config=None if parsed.config is None else load_config(parsed.config, overrides),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

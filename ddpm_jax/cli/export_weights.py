@@ -23,15 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--layout", required=True, choices=EXPORTS, help="the code base that shall read them")
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add(
-        "--weights",
-        default="ema",
-        metavar="NAME",
-        help="ema, raw, or a decay such as 0.9999 (default: ema)",
-    )
-    add(
-        "--step", type=flags.step, metavar="N", help="the checkpoint, or best (default: the newest)"
-    )
+    flags.add_weights(parser)
     add("--format", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
     add(
         "--dtype",

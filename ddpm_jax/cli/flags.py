@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # importing JAX takes half a second, in which --help is long 
 
 T = TypeVar("T")
 
+TRUTH = {None: None, "true": True, "false": False}  # None: the flag was not given
+
 NAMES: set[str] = set()  # of the flags of the command that runs, for `run.with_dashes`
 _START: list[str] = []  # the words of `start_as`
 
@@ -195,6 +197,19 @@ def step(text: str) -> int | Literal["best"]:
     if not text.isdecimal() or len(text) > MOST_DIGITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no step: a whole number, 0 or more, or best")
     return int(text)
+
+
+def add_weights(flags: argparse.ArgumentParser) -> None:
+    """Add --weights and --step: which weights of a run, and of which checkpoint."""
+    flags.add_argument(
+        "--weights",
+        default="ema",
+        metavar="NAME",
+        help="ema, raw, or a decay such as 0.9999 (default: ema)",
+    )
+    flags.add_argument(
+        "--step", type=step, metavar="N", help="the checkpoint, or best (default: the newest)"
+    )
 
 
 def fill(kind: type[T], options: argparse.Namespace, **others: Any) -> T:

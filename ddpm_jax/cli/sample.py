@@ -43,8 +43,6 @@ from ddpm_jax.runs.data_origin import data_dir_of, read_origin
 from ddpm_jax.sampling.sampler import with_sampling
 from ddpm_jax.trained import open_trained
 
-TRUTH = {None: None, "true": True, "false": False}
-
 
 def parser() -> argparse.ArgumentParser:
     made = flags.parser(
@@ -110,15 +108,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["true", "false"],
         help="eps_hat of ddim from the clipped x0_hat (default: the config's)",
     )
-    add(
-        "--weights",
-        default="ema",
-        metavar="NAME",
-        help="ema, raw, or a decay such as 0.9999 (default: ema)",
-    )
-    add(
-        "--step", type=flags.step, metavar="N", help="the checkpoint, or best (default: the newest)"
-    )
+    flags.add_weights(made)
     add(
         "--batch_size",
         type=int,
@@ -282,8 +272,8 @@ def open_job(options: argparse.Namespace) -> Job:
     if devices.is_main:
         for note in trained.notes:
             say(with_dashes(note))
-    clip, rederive_eps = TRUTH[options.clip], TRUTH[options.rederive_eps]
-    labels = TRUTH[options.labels]
+    clip, rederive_eps = flags.TRUTH[options.clip], flags.TRUTH[options.rederive_eps]
+    labels = flags.TRUTH[options.labels]
     config = with_sampling(
         trained.config,
         sampler=options.sampler,
