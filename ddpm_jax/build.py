@@ -57,6 +57,7 @@ def build_process(config: Config) -> GaussianDiffusion:
             beta_start=options.beta_start,
             beta_end=options.beta_end,
             rescale=options.rescale_betas,
+            zero_terminal_snr=options.zero_terminal_snr,
         )
         schedule = NoiseSchedule.from_betas(betas)
         return GaussianDiffusion(schedule, options.prediction, options.variance)

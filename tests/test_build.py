@@ -44,6 +44,11 @@ def test_the_schedule_is_that_of_the_config() -> None:
     np.testing.assert_array_equal(build_process(config).schedule.betas, np.full(20, 0.07))
 
 
+def test_the_end_of_the_schedule_is_that_of_the_config() -> None:
+    config = tiny_config(diffusion={"zero_terminal_snr": True, "prediction": "v"})
+    assert build_process(config).schedule.alphas_cumprod[-1] == 0
+
+
 def test_the_objective_is_that_of_the_config() -> None:
     fields = {"kind": "hybrid", "vlb_weight": 0.25, "weighting": "p2"}
     fields |= {"min_snr_gamma": 3.0, "p2_gamma": 0.5, "p2_k": 2.0}

@@ -93,9 +93,15 @@ def validate(config: Config) -> Config:
         "the rescaled betas must stay below 1: more timesteps, or smaller ends",
     )
     require(
-        not (diffusion.schedule == "jsd" and diffusion.prediction == "eps"),
+        not diffusion.zero_terminal_snr or diffusion.timesteps > 1,
+        "diffusion.zero_terminal_snr",
+        "a chain that ends in noise takes diffusion.timesteps of at least 2",
+    )
+    ends_at_0 = diffusion.schedule == "jsd" or diffusion.zero_terminal_snr
+    require(
+        not (ends_at_0 and diffusion.prediction == "eps"),
         "diffusion.prediction",
-        "schedule jsd ends at alphas_cumprod = 0, from which eps cannot give x0: use x0, v or mu",
+        "the chain ends at alphas_cumprod = 0, from which eps cannot give x0: use x0, v or mu",
     )
 
     learned = diffusion.variance.startswith("learned")

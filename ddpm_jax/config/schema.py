@@ -138,6 +138,8 @@ class DiffusionConfig(Fields):
     beta_end: Annotated[float, In("(0, 1)")] = 0.02
     # multiply both ends by 1000/timesteps, as Improved DDPM does; the paper does not
     rescale_betas: bool = False
+    # shift and scale sqrt(alphas_cumprod) to end at 0 exactly, in the noise that samples start from
+    zero_terminal_snr: bool = False
     prediction: Prediction = "eps"
     variance: Variance = "fixed_large"
 

@@ -46,7 +46,7 @@ class GaussianDiffusion:
 
     Raises:
       ValueError: an unknown kind; or prediction eps with a schedule that ends at
-        alphas_cumprod = 0 (jsd), where 1/sqrt of it is infinite and eps does not give x0.
+        alphas_cumprod = 0, where 1/sqrt of it is infinite and eps does not give x0.
     """
 
     schedule: NoiseSchedule

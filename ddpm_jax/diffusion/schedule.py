@@ -27,6 +27,7 @@ def beta_schedule(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     rescale: bool = False,
+    zero_terminal_snr: bool = False,
 ) -> np.ndarray:
     """Compute the variances beta_t of the forward steps, eq. 2.
 
@@ -45,12 +46,16 @@ def beta_schedule(
       rescale: multiply both ends by 1000/T, so that a chain of any length destroys about as much
         signal as one of 1000 steps (Nichol & Dhariwal's code). Ho et al. keep the ends whatever T
         is: at T = 100 a third of the signal's variance is left at the end of the chain.
+      zero_terminal_snr: shift and scale sqrt(alphas_cumprod) so that it keeps its first value and
+        ends at 0 exactly: the last x_t is the noise that samples start from (Lin et al. 2023,
+        Algorithm 1).
 
     Returns:
       float64 [timesteps], each in (0, 1].
 
     Raises:
-      ValueError: unknown kind, timesteps < 1, or a beta outside (0, 1].
+      ValueError: unknown kind, timesteps < 1, a beta outside (0, 1], or one step alone that should
+        both keep its signal and end without.
     """
     if timesteps < 1:
         raise ValueError(f"timesteps={timesteps}: a chain has at least 1 step")
@@ -75,6 +80,12 @@ def beta_schedule(
         betas = start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, timesteps)))
     else:
         raise ValueError(f"schedule={kind!r}: one of {', '.join(SCHEDULES)}")
+    if zero_terminal_snr:
+        if timesteps == 1:
+            raise ValueError("zero_terminal_snr: a chain that ends in noise takes at least 2 steps")
+        signal = np.sqrt(np.cumprod(1 - check_betas(betas)))
+        signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+        betas[1:] = 1 - (signal[1:] / signal[:-1]) ** 2
     return check_betas(betas)
 
 
@@ -136,7 +147,7 @@ class NoiseSchedule:
         noise_prev = np.append(0.0, noise[:-1])
         posterior_variance = betas * noise_prev / noise
         first = posterior_variance[1] if len(betas) > 1 else betas[0]
-        # Infinite where alphas_cumprod = 0 (schedule jsd), which is refused where it would be used.
+        # Infinite where alphas_cumprod = 0, which is refused where it would be used.
         with np.errstate(divide="ignore"):
             recip = 1 / alphas_cumprod
             return cls(

@@ -249,6 +249,7 @@ def test_overrides_are_typed():
         ),
         ("diffusion.variance=learned", "diffusion.variance=learned is trained by vlb or hybrid"),
         ("diffusion.schedule=jsd", "eps cannot give x0: use x0, v or mu"),
+        ("diffusion.zero_terminal_snr=true", "eps cannot give x0: use x0, v or mu"),
         (
             "train.accumulation=3",
             "config.train.batch_size=128: must be divisible by train.accumulation=3",

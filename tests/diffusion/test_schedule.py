@@ -221,6 +221,29 @@ def test_ends_are_rescaled_only_on_request() -> None:
     np.testing.assert_array_equal(schedule("linear", rescale=True).betas, schedule("linear").betas)
 
 
+@pytest.mark.parametrize("timesteps", [2, 3, 1000])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_signal_shifted_and_scaled_ends_at_zero(kind: str, timesteps: int) -> None:
+    """sqrt(alphas_cumprod) is an affine map of what it was: its first value stays, its last is 0.
+
+    jsd, which ends at 0 already, stays as it is.
+    """
+    before = schedule(kind, timesteps)
+    made = schedule(kind, timesteps, zero_terminal_snr=True)
+    assert made.alphas_cumprod[-1] == 0 and made.betas[-1] == 1 and made.ends_in_pure_noise
+    assert made.betas[0] == before.betas[0] and (np.diff(made.alphas_cumprod) < 0).all()
+    first, last = before.sqrt_alphas_cumprod[[0, -1]]
+    share = (before.sqrt_alphas_cumprod - last) / (first - last)
+    np.testing.assert_allclose(made.sqrt_alphas_cumprod, first * share, rtol=1e-9, atol=1e-14)
+    if kind == "jsd":
+        np.testing.assert_allclose(made.betas, before.betas, rtol=1e-9)
+
+
+def test_one_step_cannot_keep_its_signal_and_end_without() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr: .* takes at least 2 steps"):
+        beta_schedule("linear", 1, zero_terminal_snr=True)
+
+
 def test_chain_of_one_step() -> None:
     made = NoiseSchedule.from_betas(np.array([0.3]))
     np.testing.assert_allclose(made.posterior_log_variance_clipped, math.log(0.3))

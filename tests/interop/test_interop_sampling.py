@@ -354,6 +354,27 @@ def test_the_pipeline_notices_other_weights(trained_run, tmp_path):
     assert any((states[0][name] != states[1][name]).any() for name in states[0])
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+def test_betas_that_end_in_noise_are_those_of_diffusers(schedule):
+    """Ours against its function in float64, and against its scheduler, whose products are float32."""
+    options = {"beta_schedule": schedule, "prediction_type": "v_prediction"}
+    scheduler = DDPMScheduler(**options, rescale_betas_zero_snr=True)
+    settings = layout.scheduler_settings(Path("x.json"), dict(scheduler.config))
+    fields = {
+        name.removeprefix("diffusion."): value
+        for name, value in settings.items()
+        if name.startswith("diffusion.")
+    }
+    assert fields["zero_terminal_snr"] is True
+    ours = build_process(Config(diffusion=DiffusionConfig(**fields))).schedule.betas
+    plain = DiffusionConfig(**fields | {"zero_terminal_snr": False})
+    before = torch.from_numpy(build_process(Config(diffusion=plain)).schedule.betas)
+    theirs = ddpm_module.rescale_zero_terminal_snr(before).numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-14)
+    assert ours[-1] == theirs[-1] == 1
+    np.testing.assert_allclose(ours, scheduler.betas.numpy(), rtol=1e-3, atol=1e-6)
+
+
 def test_options_that_the_process_does_not_have_are_refused():
     path = Path("scheduler_config.json")
     for field, value in {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from ddpm_jax.weights import settings
 from ddpm_jax.weights.exporting import export_weights
 from ddpm_jax.weights.importing import import_weights
 from ddpm_jax.weights.layout import write_tensors
-from ddpm_jax.weights.layouts import diffusers
+from ddpm_jax.weights.layouts import diffusers, diffusers_config
 from ddpm_jax.weights.layouts.registry import LAYOUTS
 from ddpm_jax.weights.recognise import recognise_process
 from tests.support.layers import ROOT
@@ -361,6 +362,25 @@ def test_an_export_with_rescaled_betas_comes_back(tmp_path):
         change(scheduler, trained_betas=betas)
         with pytest.raises(WeightsError, match="trained_betas is set: "):
             import_weights("auto", tmp_path / "model")
+
+
+@pytest.mark.parametrize("schedule", [{}, {"rescale_betas": True, "timesteps": 250}])
+def test_an_export_that_ends_in_noise_comes_back(schedule, tmp_path):
+    """The betas of a file, listed or by name, are those before they are rescaled."""
+    config, plain = network_of("diffusers"), {"prediction": "v"} | schedule
+    config.diffusion = DiffusionConfig(**plain, zero_terminal_snr=True)
+    noted = diffusers_config.scheduler_config(config)
+    assert noted.pop("rescale_betas_zero_snr") is True
+    before = dataclasses.replace(config, diffusion=DiffusionConfig(**plain))
+    without = diffusers_config.scheduler_config(before)
+    assert without.pop("rescale_betas_zero_snr") is False and noted == without
+    export_weights("diffusers", config, params_of(config, 0), "raw", tmp_path / "model")
+    assert import_weights("auto", tmp_path / "model").config.diffusion == config.diffusion
+    change(tmp_path / "model" / SCHEDULER, prediction_type="epsilon")
+    with pytest.raises(WeightsError, match="rescale_betas_zero_snr is set: .* epsilon cannot give"):
+        import_weights("auto", tmp_path / "model")
+    change(tmp_path / "model" / SCHEDULER, rescale_betas_zero_snr=None)
+    assert not import_weights("auto", tmp_path / "model").config.diffusion.zero_terminal_snr
 
 
 @pytest.mark.parametrize("clip, spacing", [(False, "trailing"), (True, "leading")])

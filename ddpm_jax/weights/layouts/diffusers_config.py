@@ -139,10 +139,8 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
     theirs = Fields(path, scheduler)
     like, choose = theirs.like, theirs.choose
     ddim = scheduler.get("_class_name") in ("DDIMScheduler", "DDIMParallelScheduler")
-    options = ("thresholding", "rescale_betas_zero_snr")
-    # Of the solvers: each of these replaces the process by another.
-    options += ("use_flow_sigmas", "sigma_min", "sigma_max")
-    for field in options:
+    # Of the solvers: each but the first replaces the process by another.
+    for field in ("thresholding", "use_flow_sigmas", "sigma_min", "sigma_max"):
         value = scheduler.get(field)
         if value is not None and value is not False:
             raise WeightsError(f"{path}: {field} is set, which has no counterpart here")
@@ -153,6 +151,13 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
         raise WeightsError(
             f"{path}: clip_sample_range={scheduler['clip_sample_range']}: "
             "only 1, the range of the images"
+        )
+    prediction = choose("prediction_type", _PREDICTIONS, "epsilon")
+    to_zero = like("diffusion.zero_terminal_snr", "rescale_betas_zero_snr", None) or False
+    if to_zero and prediction == "eps":
+        raise WeightsError(
+            f"{path}: rescale_betas_zero_snr is set: the chain ends in noise alone, from which "
+            "epsilon cannot give an image: only prediction_type sample and v_prediction can"
         )
     betas = scheduler.get("trained_betas")
     process = {
@@ -168,7 +173,8 @@ def scheduler_settings(path: Path, scheduler: Mapping[str, Any]) -> dict[str, An
             raise WeightsError(f"{path}: trained_betas is set: {error}") from error
     return {
         **process,
-        "diffusion.prediction": choose("prediction_type", _PREDICTIONS, "epsilon"),
+        "diffusion.zero_terminal_snr": to_zero,  # over there it is the last thing done to any betas
+        "diffusion.prediction": prediction,
         # null in schedulers that draw no noise
         "diffusion.variance": choose("variance_type", _VARIANCES, "fixed_small"),
         "sampling.sampler": "ddim" if ddim else "ancestral",
@@ -295,13 +301,15 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         )
     schedules = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     named = options.schedule in schedules and not options.rescale_betas
+    plain = dataclasses.replace(config.diffusion, zero_terminal_snr=False)
+    betas = build_process(dataclasses.replace(config, diffusion=plain)).schedule.betas
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": options.timesteps,
         "beta_schedule": schedules[options.schedule] if named else "linear",
         "beta_start": options.beta_start,
         "beta_end": options.beta_end,
-        "trained_betas": None if named else build_process(config).schedule.betas.tolist(),
+        "trained_betas": None if named else betas.tolist(),
         "variance_type": options.variance,
         "prediction_type": predictions[options.prediction],
         "clip_sample": config.sampling.clip,
@@ -311,7 +319,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         if config.sampling.spacing in _SPACINGS
         else "linspace",
         "steps_offset": 0,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": options.zero_terminal_snr,
     }
 
 
