@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from ddpm_jax.benchmark.quality import ComparisonOptions, compare, table
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.files import replacing
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="of the runs, a folder a seed; a finished one is not repeated",
     )
-    add("--seeds", type=flags.numbers, default=(0,), metavar="A,B", help="(default: 0)")
+    add("--seeds", type=values.numbers, default=(0,), metavar="A,B", help="(default: 0)")
     add(
         "--num_images",
         type=int,

@@ -7,7 +7,7 @@ teacher's weights, and is a run directory like any other, which samples in its o
 A run that was stopped goes on when the same command is given again.
 """
 
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.distillation.stages import distill
 from ddpm_jax.parallel.devices import Devices
 from ddpm_jax.trained import find_origin
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_data_dir(parser, of_run=True)
     parser.add_argument(
         "--steps",
-        type=flags.numbers,
+        type=values.numbers,
         metavar="N[,N..]",
         help="of the students, each half of the one before (default: half of the teacher's)",
     )

@@ -30,7 +30,7 @@ and hosts.
 import argparse
 from pathlib import Path
 
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.config import load_config
 from ddpm_jax.data.source import SPLITS
 from ddpm_jax.diffusion.gaussians import CDFS
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     drawn.add_argument(
         "--seeds",
-        type=flags.numbers,
+        type=values.numbers,
         metavar="S,S..",
         help="several draws: mean and deviation (default: --seed)",
     )
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     drawn.add_argument(
         "--label",
-        type=flags.labels,
+        type=values.labels,
         metavar="K[,K..]",
         help="classes, in turn, by number or name (default: all, where there are any)",
     )
@@ -181,16 +181,16 @@ def options_of(parsed: argparse.Namespace, overrides: list[str]) -> EvaluationOp
         metrics=tuple(parsed.metrics.split(",")) if parsed.metrics else (),
         seeds=tuple(parsed.seeds or ()),
         label=None if parsed.label is None else tuple(parsed.label),
-        clip=flags.TRUTH[parsed.clip],
+        clip=values.TRUTH[parsed.clip],
         config=None if parsed.config is None else load_config(parsed.config, overrides),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    values, overrides = flags.parse_with_overrides(parser(), argv)
-    if bool(values.metrics) == values.build_reference:
+    parsed, overrides = flags.parse_with_overrides(parser(), argv)
+    if bool(parsed.metrics) == parsed.build_reference:
         raise EvaluationError("either --metrics or --build_reference")
-    options = options_of(values, overrides)
-    flags.join_hosts(values)
-    (build_reference if values.build_reference else evaluate)(options)
+    options = options_of(parsed, overrides)
+    flags.join_hosts(parsed)
+    (build_reference if parsed.build_reference else evaluate)(options)

@@ -17,7 +17,7 @@ outside of --runs.
 import argparse
 from pathlib import Path
 
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.reproduction import ledger
 from ddpm_jax.reproduction.first_hour import spend
 from ddpm_jax.reproduction.hour import HourOptions
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch_sizes",
-        type=flags.numbers,
+        type=values.numbers,
         default=(128, 1024),
         metavar="N,N",
         help="that are timed (default: 128,1024)",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from ddpm_jax.cli import values
 from ddpm_jax.errors import HostError, UserError
-from ddpm_jax.files import MOST_DIGITS, check_writable, default_cache
+from ddpm_jax.files import check_writable, default_cache
 from ddpm_jax.parallel import HOST_TIMEOUT, START_TIMEOUT
 
 if TYPE_CHECKING:  # importing JAX takes half a second, in which --help is long there
@@ -25,8 +24,6 @@ if TYPE_CHECKING:  # importing JAX takes half a second, in which --help is long 
     from ddpm_jax.parallel.devices import Devices
 
 T = TypeVar("T")
-
-TRUTH = {None: None, "true": True, "false": False}  # None: the flag was not given
 
 NAMES: set[str] = set()  # of the flags of the command that runs, for `run.with_dashes`
 _START: list[str] = []  # the words of `start_as`
@@ -102,38 +99,10 @@ def parser(
     )
     parser.folder_output = folder_output
     # Every flag of these types, in all commands.
-    parser.register("type", Path, path)
-    parser.register("type", int, whole)
-    parser.register("type", float, real)
+    parser.register("type", Path, values.path)
+    parser.register("type", int, values.whole)
+    parser.register("type", float, values.real)
     return parser
-
-
-def path(text: str) -> Path:
-    """Return the path that a flag names, with ~ for the home folder.
-
-    Shells leave --workdir=~/runs as it is. An empty path would be the current folder, which nobody
-    means by it.
-    """
-    if not text:
-        raise argparse.ArgumentTypeError("name a file or folder")
-    return Path(os.path.expanduser(text))
-
-
-def whole(text: str) -> int:
-    """Return the whole number that a flag names, one that 64 bits hold."""
-    if len(text.strip()) > MOST_DIGITS:
-        raise argparse.ArgumentTypeError(
-            f"{text[:MOST_DIGITS]}...: a whole number of at most {MOST_DIGITS} digits"
-        )
-    return int(text)
-
-
-def real(text: str) -> float:
-    """Return the number that a flag names, neither infinite nor NaN."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text[:40]}: must be finite")
-    return value
 
 
 def add_workdir(flags: argparse.ArgumentParser) -> None:
@@ -190,15 +159,6 @@ def add_inception(flags: argparse._ArgumentGroup) -> None:
     )
 
 
-def step(text: str) -> int | Literal["best"]:
-    """Return the checkpoint that a flag names: its number, or "best", of lowest held-out loss."""
-    if text == "best":
-        return "best"
-    if not text.isdecimal() or len(text) > MOST_DIGITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no step: a whole number, 0 or more, or best")
-    return int(text)
-
-
 def add_weights(flags: argparse.ArgumentParser) -> None:
     """Add --weights and --step: which weights of a run, and of which checkpoint."""
     flags.add_argument(
@@ -208,7 +168,10 @@ def add_weights(flags: argparse.ArgumentParser) -> None:
         help="ema, raw, or a decay such as 0.9999 (default: ema)",
     )
     flags.add_argument(
-        "--step", type=step, metavar="N", help="the checkpoint, or best (default: the newest)"
+        "--step",
+        type=values.step,
+        metavar="N",
+        help="the checkpoint, or best (default: the newest)",
     )
 
 
@@ -321,24 +284,3 @@ def parse_with_overrides(
             word += f"={words.pop(0)}"
         (overrides if of_config else others).append(word.removeprefix("--config."))
     return flags.parse_args(others), overrides
-
-
-def numbers(text: str) -> list[int]:
-    """Return the whole numbers that a flag lists with commas between."""
-    return [whole(item) for item in text.split(",")]
-
-
-def labels(text: str) -> list[str]:
-    """Return the classes that a flag lists with commas between, by number or name."""
-    items = [item.strip() for item in text.split(",")]
-    if not all(items):
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers or names of classes, commas between")
-    return items
-
-
-def sides(text: str) -> tuple[int, int]:
-    """Return the height and the width that a flag names, as "32" for a square or as "32,64"."""
-    values = numbers(text)
-    if len(values) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"{text!r}: one side, or HEIGHT,WIDTH")
-    return values[0], values[-1]

@@ -8,7 +8,7 @@ called --name. LSUN's images, exported from its lmdb, are such a folder. Digits 
 
 from pathlib import Path
 
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.data import prepare
 from ddpm_jax.data.archives import innermost, unpacked
 from ddpm_jax.errors import DataError, check
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     folder.add_argument(
         "--image_size",
-        type=flags.sides,
+        type=values.sides,
         metavar="N|H,W",
         help="pixels of a square, or height and width, after cropping; images are never enlarged "
         "(default, of celeb_a: whole faces, which a config crops and shrinks)",

@@ -23,8 +23,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ddpm_jax.cli import flags
-from ddpm_jax.cli.flags import numbers
+from ddpm_jax.cli import flags, values
 from ddpm_jax.cli.run import with_dashes
 from ddpm_jax.data.classes import names_of_run, numbers_of
 from ddpm_jax.data.source import SPLITS
@@ -72,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--first", type=int, default=0, metavar="I", help="number of the first sample (default: 0)")
     add(
         "--label",
-        type=flags.labels,
+        type=values.labels,
         metavar="K[,K..]",
         help="the class, or several in turn, by number or name, where the config has classes",
     )
@@ -129,7 +128,9 @@ def parser() -> argparse.ArgumentParser:
         help="captions of rows and columns (default: true; of a grid, and of films, false)",
     )
     real = made.add_argument_group("real images")
-    real.add_argument("--indices", type=numbers, metavar="I,I..", help="of the run's data set")
+    real.add_argument(
+        "--indices", type=values.numbers, metavar="I,I..", help="of the run's data set"
+    )
     real.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
     real.add_argument(
         "--images",
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     mode.add_argument(
         "--levels",
-        type=numbers,
+        type=values.numbers,
         metavar="T,T..",
         help="shared_latents, interpolation (default: quarters; T/2)",
     )
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_inception(mode)
     mode.add_argument(
         "--hole",
-        type=numbers,
+        type=values.numbers,
         metavar="TOP,LEFT,HEIGHT,WIDTH",
         help="inpaint (default: the middle quarter)",
     )
@@ -272,8 +273,8 @@ def open_job(options: argparse.Namespace) -> Job:
     if devices.is_main:
         for note in trained.notes:
             say(with_dashes(note))
-    clip, rederive_eps = flags.TRUTH[options.clip], flags.TRUTH[options.rederive_eps]
-    labels = flags.TRUTH[options.labels]
+    clip, rederive_eps = values.TRUTH[options.clip], values.TRUTH[options.rederive_eps]
+    labels = values.TRUTH[options.labels]
     config = with_sampling(
         trained.config,
         sampler=options.sampler,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ddpm_jax.cli import flags
+from ddpm_jax.cli import flags, values
 from ddpm_jax.errors import ConfigError, check
 
 if TYPE_CHECKING:  # help need not wait for JAX
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_workdir(command)
     flags.add_data_dir(command, of_run=True)
     add = command.add_argument
-    add("--step", type=flags.step, metavar="N", help="go on from checkpoint N, not the newest")
+    add("--step", type=values.step, metavar="N", help="go on from checkpoint N, not the newest")
     add(
         "--from",
         dest="from_",
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "ships, such as digits",
     )
     own = command.add_argument_group("images of your own, in place of --config")
-    own.add_argument("--images", type=flags.path, metavar="FOLDER", help="of images, at any depth")
+    own.add_argument("--images", type=values.path, metavar="FOLDER", help="of images, at any depth")
     own.add_argument(
         "--image_size", type=int, metavar="N", help="pixels (default: what the images allow)"
     )

@@ -11,8 +11,8 @@ import jax
 from ddpm_jax.build import abstract_params, forward_flops
 from ddpm_jax.config import Config, load_config
 from ddpm_jax.files import replacing
-from ddpm_jax.reproduction.ledger import Record, cells, evaluations, read_json, read_records
-from ddpm_jax.reproduction.rows import grouped
+from ddpm_jax.reproduction.ledger import Record, cells, read_json, read_records
+from ddpm_jax.reproduction.rows import evaluation_passes
 
 H100 = 798e12  # FLOP/s in bfloat16, the peak that was measured on one elsewhere
 UTILISATION = 0.4, 0.1  # of that peak: what a network may reach, from the best to the usual
@@ -98,18 +98,6 @@ def costs(paper: Record, root: Path) -> str:
     head = ["row", "config", "published checkpoint", "parameters", "GFLOP an image", "images"]
     hours = ["H100 hours, training", "evaluation", "hours of 8 chips of v5e, training"]
     return markdown_table([*head, *hours], lines) + "\n"
-
-
-def evaluation_passes(paper: Record, row: str, timesteps: int) -> int:
-    """Count the forward passes, each of one image, that fill the cells of a row.
-
-    Samples take one a step, reconstructions one there and one back, the bound one a term.
-    """
-    passes = 0
-    for metrics, match in grouped(evaluations(paper, row)):
-        steps = match["num_timesteps" if "nll" in metrics else "steps"] or timesteps
-        passes += match["num_images"] * steps * (2 if "reconstruction" in metrics else 1)
-    return passes
 
 
 def _gpu_hours(flops: float) -> str:

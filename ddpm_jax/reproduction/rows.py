@@ -250,6 +250,18 @@ def grouped(evaluations: list[ledger.Record]) -> list[tuple[list[str], ledger.Re
     return groups
 
 
+def evaluation_passes(paper: ledger.Record, row: str, timesteps: int) -> int:
+    """Count the forward passes, each of one image, that fill the cells of a row.
+
+    Samples take one a step, reconstructions one there and one back, the bound one a term.
+    """
+    passes = 0
+    for metrics, match in grouped(ledger.evaluations(paper, row)):
+        steps = match["num_timesteps" if "nll" in metrics else "steps"] or timesteps
+        passes += match["num_images"] * steps * (2 if "reconstruction" in metrics else 1)
+    return passes
+
+
 # ---------------------------------------------------------------------------------------- commands
 
 

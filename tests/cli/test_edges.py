@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.cli import flags, sample
+from ddpm_jax.cli import flags, sample, values
 from ddpm_jax.coding.jobs import CodingOptions
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.options import EvaluationOptions
@@ -85,10 +85,10 @@ def test_hosts_wait_for_a_second_at_least(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "12", "best"])
 def test_a_step_is_a_number_or_best(text: str) -> None:
-    assert flags.step(text) == (text if text == "best" else int(text))
+    assert values.step(text) == (text if text == "best" else int(text))
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "", "newest", "1" * 19])
 def test_nothing_else_is_a_step(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        flags.step(text)
+        values.step(text)

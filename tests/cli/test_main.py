@@ -19,6 +19,7 @@ OTHERS = {
     "__main__",
     "__init__",
     "flags",
+    "values",
     "main",
     "run",
 }  # files of the folder that are no commands

@@ -16,13 +16,12 @@ from ddpm_jax.errors import LedgerError
 from ddpm_jax.reproduction import ledger
 from ddpm_jax.reproduction.page import (
     document,
-    evaluation_passes,
     findings_section,
     number,
     paper_section,
 )
 from ddpm_jax.reproduction.records import keep
-from ddpm_jax.reproduction.rows import evaluation_command, grouped
+from ddpm_jax.reproduction.rows import evaluation_command, evaluation_passes, grouped
 
 ROOT = Path(__file__).parents[2]
 PAPER = ledger.read_json(ROOT / "benchmarks" / "paper.json")
