@@ -84,8 +84,9 @@ def beta_schedule(
         if timesteps == 1:
             raise ValueError("zero_terminal_snr: a chain that ends in noise takes at least 2 steps")
         signal = np.sqrt(np.cumprod(1 - check_betas(betas)))
-        signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
-        betas[1:] = 1 - (signal[1:] / signal[:-1]) ** 2
+        shifted = signal - signal[-1]
+        # From one to the next the scale cancels, and beta_0 stays.
+        betas[1:] = 1 - (shifted[1:] / shifted[:-1]) ** 2
     return check_betas(betas)
 
 
