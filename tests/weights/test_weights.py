@@ -679,7 +679,8 @@ def test_two_processes_may_open_what_ships_at_once(tmp_path, ship, seed, monkeyp
     def late(part, target):
         if target == runs / "dots" and not others:
             others.append(part)
-            ship(seed)
+            if seed != 0:
+                ship(seed)
             unpack("dots", devices, runs)
         return rename(part, target)
 
