@@ -301,15 +301,17 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         )
     schedules = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     named = options.schedule in schedules and not options.rescale_betas
-    plain = dataclasses.replace(config.diffusion, zero_terminal_snr=False)
-    betas = build_process(dataclasses.replace(config, diffusion=plain)).schedule.betas
+    betas = None
+    if not named:
+        plain = dataclasses.replace(config.diffusion, zero_terminal_snr=False)
+        betas = build_process(dataclasses.replace(config, diffusion=plain)).schedule.betas.tolist()
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": options.timesteps,
         "beta_schedule": schedules[options.schedule] if named else "linear",
         "beta_start": options.beta_start,
         "beta_end": options.beta_end,
-        "trained_betas": None if named else betas.tolist(),
+        "trained_betas": betas,
         "variance_type": options.variance,
         "prediction_type": predictions[options.prediction],
         "clip_sample": config.sampling.clip,
