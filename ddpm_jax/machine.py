@@ -10,13 +10,19 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-# Which operations XLA hands to YNNPACK, a library of kernels for CPUs. By default single
-# convolutions and products are among them, which takes a fifth to a third longer here than XLA's
-# own code (docs/performance.md).
-YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
-WITHOUT_PRODUCTS = "-individual_convolution,-individual_dot"
-# XLA ends the process over a flag that it does not know. These versions of jaxlib know it.
-FIRST, BEYOND = (0, 10, 2), (0, 12)
+# What XLA is told, and the versions of jaxlib that know it, from the first to the one beyond: XLA
+# ends the process over a flag that it does not know. docs/performance.md has what each is worth.
+FLAGS = {
+    # Which operations go to YNNPACK, a library of kernels for CPUs. By default single convolutions
+    # and products are among them; XLA's own code for these is faster.
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "-individual_convolution,-individual_dot",
+        ((0, 10, 2), (0, 12)),
+    ),
+    # The new emitters cut every small loop for all cores, and the cores then wait for each other
+    # thousands of times a step.
+    "xla_cpu_use_fusion_emitters": ("false", ((0, 10, 2), (0, 11))),
+}
 
 # XLA asks for the temporary memory of a program at every call. By these numbers of <malloc.h> the
 # C library keeps it, instead of handing it back to the system and fetching each page anew. With
@@ -43,7 +49,7 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not _uses_cpu(devices):
         return []
-    steps = {"XLA_FLAGS": _avoid_ynnpack, "malloc": _keep_memory}
+    steps = {"XLA_FLAGS": _set_flags, "malloc": _keep_memory}
     return [name for name, step in steps.items() if step()]
 
 
@@ -55,14 +61,20 @@ def _uses_cpu(devices: Path) -> bool:
     return not any(any(devices.glob(pattern)) for pattern in ACCELERATORS)
 
 
-def _avoid_ynnpack() -> bool:
-    """Add the flag to XLA_FLAGS, unless it is there or might not be understood."""
+def _set_flags() -> bool:
+    """Add to XLA_FLAGS what is not there yet, and what this jaxlib understands."""
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    names_a_file = flags and not flags.startswith("-")
-    if YNNPACK in flags or names_a_file or not FIRST <= _jaxlib() < BEYOND:
+    if flags and not flags.startswith("-"):  # it names a file
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={WITHOUT_PRODUCTS}".strip()
-    return True
+    version = _jaxlib()
+    added = [
+        f"--{name}={value}"
+        for name, (value, (first, beyond)) in FLAGS.items()
+        if name not in flags and first <= version < beyond
+    ]
+    if added:
+        os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+    return bool(added)
 
 
 def _jaxlib() -> tuple[int, ...]:

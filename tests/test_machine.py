@@ -15,7 +15,9 @@ import ddpm_jax as ddpm
 from ddpm_jax import machine
 from tests.support.layers import ROOT
 
-FLAG = f"--{machine.YNNPACK}={machine.WITHOUT_PRODUCTS}"
+YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-individual_dot"
+EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+BOTH = f"{YNNPACK} {EMITTERS}"
 FREE = ("XLA_FLAGS", "JAX_PLATFORMS", "LD_PRELOAD", "GLIBC_TUNABLES")
 
 
@@ -45,16 +47,23 @@ def calls(monkeypatch) -> list[tuple[int, int]]:
 
 def test_a_cpu_is_set_up(calls, tmp_path, monkeypatch):
     assert ddpm.tune_cpu(tmp_path) == ["XLA_FLAGS", "malloc"]
-    assert os.environ["XLA_FLAGS"] == FLAG and len(calls) == 4
-    assert ddpm.tune_cpu(tmp_path) == ["malloc"] and os.environ["XLA_FLAGS"] == FLAG
+    assert os.environ["XLA_FLAGS"] == BOTH and len(calls) == 4
+    assert ddpm.tune_cpu(tmp_path) == ["malloc"] and os.environ["XLA_FLAGS"] == BOTH
 
 
 @pytest.mark.parametrize(
     "before, after",
     [
-        ("--xla_dump_to=x", f"--xla_dump_to=x {FLAG}"),
-        (" ", FLAG),
-        (f"--{machine.YNNPACK}=+dot", f"--{machine.YNNPACK}=+dot"),
+        ("--xla_dump_to=x", f"--xla_dump_to=x {BOTH}"),
+        (" ", BOTH),
+        (
+            "--xla_cpu_experimental_ynn_fusion_type=+dot",
+            f"--xla_cpu_experimental_ynn_fusion_type=+dot {EMITTERS}",
+        ),
+        (
+            "--xla_cpu_use_fusion_emitters=true",
+            f"--xla_cpu_use_fusion_emitters=true {YNNPACK}",
+        ),
         ("flags.txt", "flags.txt"),  # XLA reads them from this file
     ],
 )
@@ -74,20 +83,20 @@ def test_the_users_allocator_stays(name, calls, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "version, known",
     [
-        ("0.10.1", False),
-        ("0.10.2", True),
-        ("0.11.2", True),
-        ("0.12.0", False),
-        ("0.10.2.dev1", True),
+        ("0.10.1", None),
+        ("0.10.2", BOTH),
+        ("0.11.2", YNNPACK),
+        ("0.12.0", None),
+        ("0.10.2.dev1", BOTH),
     ],
 )
-def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(
+def test_a_jaxlib_that_may_not_know_a_flag_is_not_given_it(
     version, known, calls, tmp_path, monkeypatch
 ):
     """XLA would end the process."""
     monkeypatch.setattr(machine.metadata, "version", lambda name: version)
     machine.tune_cpu(tmp_path)
-    assert os.environ.get("XLA_FLAGS") == (FLAG if known else None)
+    assert os.environ.get("XLA_FLAGS") == known
 
 
 @pytest.mark.parametrize(
