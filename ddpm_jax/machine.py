@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -10,25 +11,25 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-# What XLA is told, and the versions of jaxlib that know it, from the first to the one beyond: XLA
-# ends the process over a flag that it does not know. docs/performance.md has what each is worth.
-FLAGS = {
-    # Which operations go to YNNPACK, a library of kernels for CPUs. By default single convolutions
-    # and products are among them; XLA's own code for these is faster.
-    "xla_cpu_experimental_ynn_fusion_type": (
-        "-individual_convolution,-individual_dot",
-        ((0, 10, 2), (0, 12)),
-    ),
-    # The new emitters cut every small loop for all cores, and the cores then wait for each other
-    # thousands of times a step.
-    "xla_cpu_use_fusion_emitters": ("false", ((0, 10, 2), (0, 11))),
-}
+# Which operations XLA hands to YNNPACK, a library of kernels for CPUs. By default single
+# convolutions and products are among them, which takes a fifth to a third longer here than XLA's
+# own code (docs/performance.md).
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+WITHOUT_PRODUCTS = "-individual_convolution,-individual_dot"
+# XLA ends the process over a flag that it does not know. These versions of jaxlib know it.
+FIRST, BEYOND = (0, 10, 2), (0, 12)
 
 # XLA asks for the temporary memory of a program at every call. By these numbers of <malloc.h> the
 # C library keeps it, instead of handing it back to the system and fetching each page anew. With
 # more than one arena it hands memory back all the same.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 ALLOCATOR = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
+
+# XLA's threads wake each other thousands of times a step, and Linux likes to run a woken thread
+# where the waking one is: two of them share a core for seconds while the other core idles. Where
+# there are more cores than this, nobody has measured it, and other programs may want one of them.
+MOST_CORES = 4
+XLA_THREADS = "tf_XLAEigen"  # as the system lists them
 
 # Files of the devices that JAX would prefer to a CPU; dxg is the GPU of WSL.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "accel/accel*", "vfio/[0-9]*")
@@ -40,6 +41,7 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
     It must come before JAX runs anything. It does nothing but on Linux with the GNU C library,
     where JAX will use the CPU: where JAX_PLATFORMS says so, or says nothing and there is no other
     device. What the user has set in XLA_FLAGS or about malloc stays. Results differ by rounding.
+    `spread_threads` does the rest, where devices are first asked for.
 
     Args:
       devices: the folder of device files.
@@ -49,8 +51,41 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not _uses_cpu(devices):
         return []
-    steps = {"XLA_FLAGS": _set_flags, "malloc": _keep_memory}
+    global _tuned
+    _tuned = True
+    steps = {"XLA_FLAGS": _avoid_ynnpack, "malloc": _keep_memory}
     return [name for name, step in steps.items() if step()]
+
+
+_tuned = False  # whether `tune_cpu` has set this process up
+
+
+def spread_threads() -> dict[int, int]:
+    """Give each of XLA's threads a core of its own, once JAX has started them.
+
+    It does nothing but in a process that `tune_cpu` has set up, and that may use 2 to MOST_CORES
+    cores. Threads that were placed before come to the same cores again.
+
+    Returns:
+      The core of each thread, by the thread's number.
+    """
+    if not _tuned or not 1 < cores() <= MOST_CORES:
+        return {}
+    allowed = sorted(os.sched_getaffinity(0))
+    placed = {thread: allowed[i % len(allowed)] for i, thread in enumerate(_xla_threads())}
+    for thread, core in placed.items():
+        os.sched_setaffinity(thread, {core})
+    return placed
+
+
+def _xla_threads() -> list[int]:
+    """Return the numbers of the threads that share the work of XLA's programs."""
+    found = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # another thread, which has just ended
+            if file.read_text().strip() == XLA_THREADS:
+                found.append(int(file.parent.name))
+    return sorted(found)
 
 
 def _uses_cpu(devices: Path) -> bool:
@@ -61,20 +96,14 @@ def _uses_cpu(devices: Path) -> bool:
     return not any(any(devices.glob(pattern)) for pattern in ACCELERATORS)
 
 
-def _set_flags() -> bool:
-    """Add to XLA_FLAGS what is not there yet, and what this jaxlib understands."""
+def _avoid_ynnpack() -> bool:
+    """Add the flag to XLA_FLAGS, unless it is there or might not be understood."""
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-"):  # it names a file
+    names_a_file = flags and not flags.startswith("-")
+    if YNNPACK in flags or names_a_file or not FIRST <= _jaxlib() < BEYOND:
         return False
-    version = _jaxlib()
-    added = [
-        f"--{name}={value}"
-        for name, (value, (first, beyond)) in FLAGS.items()
-        if name not in flags and first <= version < beyond
-    ]
-    if added:
-        os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
-    return bool(added)
+    os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={WITHOUT_PRODUCTS}".strip()
+    return True
 
 
 def _jaxlib() -> tuple[int, ...]:
