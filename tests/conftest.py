@@ -30,6 +30,15 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
         ]
     ).strip()
 
+# Each worker of pytest-xdist keeps to a core of its own, and so do all threads and processes that it
+# starts: XLA then cuts no loop of these small programs for several cores, whose threads would wake
+# each other more often than they work.
+worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{part}", "") for part in ("", "_COUNT"))
+if worker and hasattr(os, "sched_setaffinity"):
+    allowed = sorted(os.sched_getaffinity(0))
+    if int(count) >= len(allowed):
+        os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+
 # The threads of OpenBLAS spin while they wait for each other. Where two workers, or other programs,
 # have the cores, a decomposition takes twelve times the processor seconds that it takes in one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
