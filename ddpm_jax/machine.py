@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import sys
@@ -19,11 +18,11 @@ WITHOUT_PRODUCTS = "-individual_convolution,-individual_dot"
 # XLA ends the process over a flag that it does not know. These versions of jaxlib know it.
 FIRST, BEYOND = (0, 10, 2), (0, 12)
 
-# XLA asks for the temporary memory of a program at every call. By these numbers of <malloc.h> the
-# C library keeps it, instead of handing it back to the system and fetching each page anew. With
-# more than one arena it hands memory back all the same.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-ALLOCATOR = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
+# XLA asks for the temporary memory of a program at every call, and the C library hands it back to
+# the system after each. By this word of its environment it asks for it in pages of 2 MB, which are
+# 88 of them for a step of the digits network, and not 43,000.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+PAGE_MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 # XLA's threads wake each other thousands of times a step, and Linux likes to run a woken thread
 # where the waking one is: two of them share a core for seconds while the other core idles. Where
@@ -40,21 +39,20 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
 
     It must come before JAX runs anything. It does nothing but on Linux with the GNU C library,
     where JAX will use the CPU: where JAX_PLATFORMS says so, or says nothing and there is no other
-    device. What the user has set in XLA_FLAGS or about malloc stays. Results differ by rounding.
-    `spread_threads` does the rest, where devices are first asked for.
+    device. What the user has set in XLA_FLAGS stays. Results differ by rounding. `spread_threads`
+    does the rest, where devices are first asked for.
 
     Args:
       devices: the folder of device files.
 
     Returns:
-      What was set: "XLA_FLAGS", "malloc", both or none.
+      The variables of the environment that were set: "XLA_FLAGS" or none.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not _uses_cpu(devices):
+    if not _uses_cpu(devices):
         return []
     global _tuned
     _tuned = True
-    steps = {"XLA_FLAGS": _avoid_ynnpack, "malloc": _keep_memory}
-    return [name for name, step in steps.items() if step()]
+    return ["XLA_FLAGS"] if _avoid_ynnpack() else []
 
 
 _tuned = False  # whether `tune_cpu` has set this process up
@@ -88,8 +86,33 @@ def _xla_threads() -> list[int]:
     return sorted(found)
 
 
+def with_huge_pages(devices: Path = Path("/dev")) -> dict[str, str] | None:
+    """Return the environment in which a process for a CPU has its memory in pages of 2 MB.
+
+    The C library reads it when a process starts: this one has to start anew to have it.
+
+    Args:
+      devices: the folder of device files.
+
+    Returns:
+      None where `tune_cpu` does nothing, where the system gives such pages to all or to none, and
+      where the user has said something about memory.
+    """
+    names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if not _uses_cpu(devices) or any(name.startswith(names) for name in os.environ):
+        return None
+    if not PAGE_MODES.is_file() or "[madvise]" not in PAGE_MODES.read_text():
+        return None
+    return {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
+
+
 def _uses_cpu(devices: Path) -> bool:
-    """Return whether JAX will use the CPU, as far as can be said without asking it."""
+    """Return whether JAX will use the CPU of a system that is known here.
+
+    It is said without asking JAX, as far as it can be.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
     platforms = os.environ.get("JAX_PLATFORMS", "").strip()
     if platforms:
         return platforms.split(",")[0] == "cpu"
@@ -113,15 +136,6 @@ def _jaxlib() -> tuple[int, ...]:
     except metadata.PackageNotFoundError:
         return ()
     return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
-
-
-def _keep_memory() -> bool:
-    """Tell the C library to keep memory that was freed, unless the user has told it something."""
-    names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    if any(name.startswith(names) for name in os.environ):
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(parameter, value) for parameter, value in ALLOCATOR.items()])
 
 
 def cores() -> int:

@@ -30,15 +30,6 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
         ]
     ).strip()
 
-# Each worker of pytest-xdist keeps to a core of its own, and so do all threads and processes that it
-# starts: XLA then cuts no loop of these small programs for several cores, whose threads would wake
-# each other more often than they work.
-worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{part}", "") for part in ("", "_COUNT"))
-if worker and hasattr(os, "sched_setaffinity"):
-    allowed = sorted(os.sched_getaffinity(0))
-    if int(count) >= len(allowed):
-        os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
-
 # The threads of OpenBLAS spin while they wait for each other. Where two workers, or other programs,
 # have the cores, a decomposition takes twelve times the processor seconds that it takes in one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -62,7 +53,20 @@ programs = Programs()
 programs.install()
 
 
+def keep_to_one_core(worker: str, count: int) -> None:
+    """Give each worker of pytest-xdist a core of its own, with all that it starts from here on.
+
+    XLA then cuts no loop of these small programs for several cores, whose threads would wake each
+    other more often than they work.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if allowed and count >= len(allowed):
+        os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        keep_to_one_core(config.workerinput["workerid"], config.workerinput["workercount"])
     # What is compiled in full takes what it takes.
     cheap = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
     config.pluginmanager.register(Budget(enforced=cheap), "budget")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -20,34 +19,24 @@ FREE = ("XLA_FLAGS", "JAX_PLATFORMS", "LD_PRELOAD", "GLIBC_TUNABLES")
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[int, int]]:
-    """An environment in which nothing is set, on Linux; the calls of mallopt, which sets nothing."""
+def linux(monkeypatch, tmp_path) -> None:
+    """An environment in which nothing is set, on Linux, whose pages are large where asked for."""
     for name in (*FREE, *(name for name in os.environ if name.startswith("MALLOC_"))):
         # Set first, so that what `tune_cpu` sets is taken back as well.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    seen = []
-
-    class Library:
-        def __init__(self, name: None) -> None:
-            pass
-
-        def mallopt(self, parameter: int, value: int) -> int:
-            seen.append((parameter, value))
-            return 1
-
-    monkeypatch.setattr(ctypes, "CDLL", Library)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(machine.metadata, "version", lambda name: "0.10.2")
     monkeypatch.setattr(machine, "_tuned", False)  # the process stays that of the tests
-    return seen
+    monkeypatch.setattr(machine, "PAGE_MODES", tmp_path / "enabled")
+    machine.PAGE_MODES.write_text("always [madvise] never\n")
 
 
-def test_a_cpu_is_set_up(calls, tmp_path, monkeypatch):
-    assert ddpm.tune_cpu(tmp_path) == ["XLA_FLAGS", "malloc"]
-    assert os.environ["XLA_FLAGS"] == FLAG and len(calls) == 4
-    assert ddpm.tune_cpu(tmp_path) == ["malloc"] and os.environ["XLA_FLAGS"] == FLAG
+def test_a_cpu_is_set_up(linux, tmp_path):
+    assert ddpm.tune_cpu(tmp_path) == ["XLA_FLAGS"]
+    assert os.environ["XLA_FLAGS"] == FLAG
+    assert ddpm.tune_cpu(tmp_path) == [] and os.environ["XLA_FLAGS"] == FLAG
 
 
 @pytest.mark.parametrize(
@@ -59,17 +48,54 @@ def test_a_cpu_is_set_up(calls, tmp_path, monkeypatch):
         ("flags.txt", "flags.txt"),  # XLA reads them from this file
     ],
 )
-def test_what_the_user_has_set_stays(before, after, calls, tmp_path, monkeypatch):
+def test_what_the_user_has_set_stays(before, after, linux, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", before)
     machine.tune_cpu(tmp_path)
     assert os.environ["XLA_FLAGS"] == after
 
 
+def test_large_pages_are_asked_for_in_the_environment(linux, tmp_path):
+    before = dict(os.environ)
+    assert machine.with_huge_pages(tmp_path) == before | {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+    }
+    assert os.environ == before
+
+
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
-def test_the_users_allocator_stays(name, calls, tmp_path, monkeypatch):
+def test_the_users_allocator_stays(name, linux, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "x")
-    assert machine.tune_cpu(tmp_path) == ["XLA_FLAGS"] and not calls
+    assert machine.with_huge_pages(tmp_path) is None
     monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("modes", ["[always] madvise never\n", "always madvise [never]\n", None])
+def test_pages_that_nobody_can_ask_for_are_not_asked_for(modes, linux, tmp_path):
+    machine.PAGE_MODES.unlink() if modes is None else machine.PAGE_MODES.write_text(modes)
+    assert machine.with_huge_pages(tmp_path) is None
+
+
+COMMAND = """
+import os, sys
+from ddpm_jax.cli.run import run
+run(lambda: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("words", [["a b", "--c=d"], [], ["a", "--help"]])
+def test_a_command_that_computes_starts_anew_with_large_pages_once(words):
+    environment = {k: v for k, v in os.environ.items() if k not in FREE}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words],
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    there = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    asked = there and machine.PAGE_MODES.is_file() and "[madvise]" in machine.PAGE_MODES.read_text()
+    pages = machine.HUGE_PAGES if asked and words[-1:] == ["--c=d"] else None
+    assert done.stdout == f"{pages} {words}\n" and not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,7 +109,7 @@ def test_the_users_allocator_stays(name, calls, tmp_path, monkeypatch):
     ],
 )
 def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(
-    version, known, calls, tmp_path, monkeypatch
+    version, known, linux, tmp_path, monkeypatch
 ):
     """XLA would end the process."""
     monkeypatch.setattr(machine.metadata, "version", lambda name: version)
@@ -107,22 +133,24 @@ def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(
     ],
 )
 def test_machines_with_another_device_are_left_alone(
-    device, platforms, set_up, calls, tmp_path, monkeypatch
+    device, platforms, set_up, linux, tmp_path, monkeypatch
 ):
     if device is not None:
         (tmp_path / device).parent.mkdir(exist_ok=True)
         (tmp_path / device).touch()
     if platforms is not None:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert bool(machine.tune_cpu(tmp_path)) == set_up == bool(calls)
+    assert bool(machine.with_huge_pages(tmp_path)) == set_up
+    assert bool(machine.tune_cpu(tmp_path)) == set_up
     assert ("XLA_FLAGS" in os.environ) == set_up
 
 
 @pytest.mark.parametrize("system, library", [("darwin", ""), ("win32", ""), ("linux", "musl")])
-def test_other_systems_are_left_alone(system, library, calls, tmp_path, monkeypatch):
+def test_other_systems_are_left_alone(system, library, linux, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
-    assert machine.tune_cpu(tmp_path) == [] and not calls and "XLA_FLAGS" not in os.environ
+    assert machine.tune_cpu(tmp_path) == [] and "XLA_FLAGS" not in os.environ
+    assert machine.with_huge_pages(tmp_path) is None
 
 
 @pytest.mark.skipif(

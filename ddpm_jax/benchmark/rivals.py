@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.machine import HUGE_PAGES
 from ddpm_jax.weights.layouts.diffusers_config import network_config
 
 VARIANTS = ("eager", "compiled")  # channels_last both; the second through torch.compile
@@ -59,7 +61,13 @@ class Diffusers:
         self._process = context.Process(
             target=_serve, args=(there, task), name="rival", daemon=True
         )
+        # PyTorch has its memory as it comes, and not as our commands arrange theirs.
+        ours = os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES
+        if ours:
+            del os.environ["GLIBC_TUNABLES"]
         self._process.start()
+        if ours:
+            os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         there.close()
         self.about: dict[str, Any] = self._receive()
         platform = jax.default_backend()

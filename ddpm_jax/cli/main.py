@@ -52,8 +52,9 @@ def main(program: str = "ddpm") -> None:
         say(f"error: {refusal(name)} ({program} --help lists the commands)")
         sys.exit(2)
     from ddpm_jax.cli import flags
-    from ddpm_jax.cli.run import run
+    from ddpm_jax.cli.run import run, start_anew
 
+    start_anew()  # before the command's module is imported, and JAX with it
     del sys.argv[1]  # a command reads its flags where a script has them
     flags.start_as(*program.split(), name)
     run(importlib.import_module(f"ddpm_jax.cli.{module_name(name)}").main)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from ddpm_jax.cli import flags
 from ddpm_jax.errors import UserError
-from ddpm_jax.machine import tune_cpu
+from ddpm_jax.machine import tune_cpu, with_huge_pages
 from ddpm_jax.parallel import programs
 from ddpm_jax.progress import Lenient
 
@@ -22,6 +22,7 @@ _TOO_LARGE = "out of memory: this config is too large for the machine"
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command, and end the process with the code of `outcome`."""
+    start_anew()
     tune_cpu()
     sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
     ended = []  # [True] once `main` has returned, on all hosts then
@@ -49,6 +50,16 @@ def run(main: Callable[[], int | None]) -> None:
     if _several_hosts():
         _hosts().barrier("end")  # the first host may have files to finish
     sys.exit(code)
+
+
+def start_anew() -> None:
+    """Start this process again, as itself, where its memory would then come in larger pages.
+
+    It does so once, and not where help is asked for.
+    """
+    computes = len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv)
+    if computes and sys.executable and (environment := with_huge_pages()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _several_hosts() -> bool:
