@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import sys
@@ -24,12 +23,6 @@ FIRST, BEYOND = (0, 10, 2), (0, 12)
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 PAGE_MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# XLA's threads wake each other thousands of times a step, and Linux likes to run a woken thread
-# where the waking one is: two of them share a core for seconds while the other core idles. Where
-# there are more cores than this, nobody has measured it, and other programs may want one of them.
-MOST_CORES = 4
-XLA_THREADS = "tf_XLAEigen"  # as the system lists them
-
 # Files of the devices that JAX would prefer to a CPU; dxg is the GPU of WSL.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "accel/accel*", "vfio/[0-9]*")
 
@@ -39,8 +32,7 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
 
     It must come before JAX runs anything. It does nothing but on Linux with the GNU C library,
     where JAX will use the CPU: where JAX_PLATFORMS says so, or says nothing and there is no other
-    device. What the user has set in XLA_FLAGS stays. Results differ by rounding. `spread_threads`
-    does the rest, where devices are first asked for.
+    device. What the user has set in XLA_FLAGS stays. Results differ by rounding.
 
     Args:
       devices: the folder of device files.
@@ -50,40 +42,7 @@ def tune_cpu(devices: Path = Path("/dev")) -> list[str]:
     """
     if not _uses_cpu(devices):
         return []
-    global _tuned
-    _tuned = True
     return ["XLA_FLAGS"] if _avoid_ynnpack() else []
-
-
-_tuned = False  # whether `tune_cpu` has set this process up
-
-
-def spread_threads() -> dict[int, int]:
-    """Give each of XLA's threads a core of its own, once JAX has started them.
-
-    It does nothing but in a process that `tune_cpu` has set up, and that may use 2 to MOST_CORES
-    cores. Threads that were placed before come to the same cores again.
-
-    Returns:
-      The core of each thread, by the thread's number.
-    """
-    if not _tuned or not 1 < cores() <= MOST_CORES:
-        return {}
-    allowed = sorted(os.sched_getaffinity(0))
-    placed = {thread: allowed[i % len(allowed)] for i, thread in enumerate(_xla_threads())}
-    for thread, core in placed.items():
-        os.sched_setaffinity(thread, {core})
-    return placed
-
-
-def _xla_threads() -> list[int]:
-    """Return the numbers of the threads that share the work of XLA's programs."""
-    found = []
-    for file in Path("/proc/self/task").glob("*/comm"):
-        with contextlib.suppress(OSError):  # another thread, which has just ended
-            if file.read_text().strip() == XLA_THREADS:
-                found.append(int(file.parent.name))
-    return sorted(found)
 
 
 def with_huge_pages(devices: Path = Path("/dev")) -> dict[str, str] | None:

@@ -28,7 +28,6 @@ def linux(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(machine.metadata, "version", lambda name: "0.10.2")
-    monkeypatch.setattr(machine, "_tuned", False)  # the process stays that of the tests
     monkeypatch.setattr(machine, "PAGE_MODES", tmp_path / "enabled")
     machine.PAGE_MODES.write_text("always [madvise] never\n")
 
@@ -181,68 +180,6 @@ def test_the_installed_jaxlib_knows_the_flag_and_programs_lose_their_calls_of_yn
         for words in ([], ["tuned"])
     ]
     assert lines == ["True", "False"]
-
-
-PLACES = """
-import os, sys
-os.sched_setaffinity(0, [int(core) for core in sys.argv[1].split(",")])
-from ddpm_jax import machine
-if "tuned" in sys.argv:
-    machine.tune_cpu()
-from ddpm_jax.parallel.devices import Devices
-import jax, jax.numpy as jnp
-for _ in range(2):  # the second time changes nothing
-    Devices()
-    threads = machine._xla_threads()
-    print(*(sorted(os.sched_getaffinity(thread)) for thread in threads), sep="; ")
-print(float(jax.jit(jnp.sum)(jnp.ones((1024, 1024)))))
-print(sorted(os.sched_getaffinity(0)))
-"""
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="it does nothing elsewhere"
-)
-@pytest.mark.parametrize("words", [[], ["tuned"]])
-def test_each_thread_of_xla_has_a_core_of_its_own_in_a_command(words):
-    """On one or two cores of this machine: a thread of the process itself may run on all of them."""
-    allowed = sorted(os.sched_getaffinity(0))[:2]
-    done = subprocess.run(
-        [sys.executable, "-c", PLACES, ",".join(map(str, allowed)), *words],
-        env={k: v for k, v in os.environ.items() if k not in FREE}
-        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second, total, mine = done.stdout.splitlines()
-    spread = [[core] for core in allowed] if words else [allowed] * len(allowed)
-    assert first == second == "; ".join(map(str, spread))
-    assert float(total) == 2**20 and mine == str(allowed)
-
-
-@pytest.mark.parametrize(
-    "tuned, count, placed",
-    [
-        (True, 2, {11: 4, 12: 5, 13: 4}),
-        (True, 3, {11: 4, 12: 5, 13: 6}),
-        (True, 1, {}),
-        (True, 5, {}),
-        (False, 2, {}),
-    ],
-)
-def test_threads_are_spread_over_a_few_cores_alone(tuned, count, placed, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(machine, "_tuned", tuned)
-    monkeypatch.setattr(machine, "_xla_threads", lambda: [11, 12, 13])
-    monkeypatch.setattr(
-        machine.os, "sched_getaffinity", lambda _: set(range(4, 4 + count)), raising=False
-    )
-    monkeypatch.setattr(
-        machine.os, "sched_setaffinity", lambda thread, to: seen.update({thread: to}), raising=False
-    )
-    assert machine.spread_threads() == placed
-    assert seen == {thread: {core} for thread, core in placed.items()}
 
 
 # -------------------------------------------------------------------------------------- memory

@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import ConfigError, HostError
-from ddpm_jax.machine import spread_threads
 from ddpm_jax.parallel import hosts
 
 AXIS = "batch"  # the name of the one mapped axis: data parallelism
@@ -101,8 +100,6 @@ class Devices:
         self.local = tuple(
             device for device in self.devices if device.process_index == jax.process_index()
         )
-        if self.platform == "cpu":
-            spread_threads()
         mesh, local = (Mesh(np.array(some), (AXIS,)) for some in (self.devices, self.local))
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
         self._replicated = NamedSharding(mesh, PartitionSpec())
