@@ -8,7 +8,7 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.benchmark.theirs import DiffusersTraining, initialise
 from ddpm_jax.build import Params, build_process, denoiser, image_shape
 from ddpm_jax.config import Config
 from ddpm_jax.data.load import load_source
@@ -32,8 +33,7 @@ from ddpm_jax.progress import Progress
 from ddpm_jax.trained import open_trained
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.stopping import raise_if_stopped
-from ddpm_jax.weights.layout import read_params
-from ddpm_jax.weights.layouts.diffusers_config import layout_of, network_config, scheduler_config
+from ddpm_jax.weights.layouts.diffusers_config import network_config, scheduler_config
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.999)  # of T: where eps is judged
 SIDES = ("ddpm_jax", "diffusers")
@@ -78,15 +78,7 @@ def compare(config: Config, options: ComparisonOptions) -> dict[str, Any]:
     Raises:
       ConfigError: PyTorch is not installed, or its side cannot train this config.
     """
-    for name, value in COMPARABLE.items():
-        if (found := attrgetter(name)(config)) != value:
-            raise ConfigError(
-                f"{name}={found}: the loop on PyTorch's side knows {value} only: "
-                f"--config.{name}={value}"
-            )
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
-        raise ConfigError("PyTorch or diffusers is not installed: pip install 'ddpm_jax[torch]'")
-    network_config(config), scheduler_config(config)  # ConfigError before anything is trained
+    check_comparable(config)
     rows = [
         measure(dataclasses.replace(config, seed=seed), side, options)
         for seed in options.seeds
@@ -98,6 +90,32 @@ def compare(config: Config, options: ComparisonOptions) -> dict[str, Any]:
         "runs": rows,
         "summary": summarise(rows),
     }
+
+
+def check_comparable(config: Config) -> None:
+    """Check that PyTorch's side can train this config, before anything is trained.
+
+    Raises:
+      ConfigError, WeightsError: it cannot, or it is not installed.
+    """
+    check_fields(config, COMPARABLE, "the loop on PyTorch's side knows")
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
+        raise ConfigError("PyTorch or diffusers is not installed: pip install 'ddpm_jax[torch]'")
+    network_config(config), scheduler_config(config)
+
+
+def check_fields(config: Config, fields: Mapping[str, Any], whose: str) -> None:
+    """Check the values of fields, by their names in a config such as "train.accumulation".
+
+    Args:
+      whose: these values are, the subject and verb of the message.
+
+    Raises:
+      ConfigError: one is another.
+    """
+    for name, value in fields.items():
+        if (found := attrgetter(name)(config)) != value:
+            raise ConfigError(f"{name}={found}: {whose} {value} only: --config.{name}={value}")
 
 
 def measure(config: Config, side: str, options: ComparisonOptions) -> dict[str, Any]:
@@ -183,27 +201,18 @@ def eps_errors(config: Config, params: Params, source: Source, count: int) -> di
 def train_with_diffusers(config: Config, source: Source) -> Params:
     """Train with PyTorch for `config.train.steps`; return the averaged weights by our names."""
     import torch
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
     torch.manual_seed(config.seed)
-    settings = network_config(config)
-    network = UNet2DModel.from_config(settings)
+    network = UNet2DModel.from_config(network_config(config))
     initialise(network)
-    network.train().to(memory_format=torch.channels_last)
-    noising = DDPMScheduler.from_config(scheduler_config(config))
-    recipe, steps, size = config.optimizer, config.train.steps, config.train.batch_size
-    adam = torch.optim.Adam(
-        network.parameters(), recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.epsilon
-    )
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda n: min(n / recipe.warmup_steps, 1) if recipe.warmup_steps else 1
-    )
-    average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    training = DiffusersTraining(config, network)
+    steps, size = config.train.steps, config.train.batch_size
     images = torch.from_numpy(source.read(np.arange(len(source)))["image"]).permute(0, 3, 1, 2)
 
     order = torch.randperm(len(images))
     with Progress(steps, "step", enabled=True, scale=size) as shown:
-        for step in range(steps):
+        for _ in range(steps):
             if len(order) < size:
                 order = torch.cat([order, torch.randperm(len(images))])
             chosen, order = order[:size], order[size:]
@@ -211,38 +220,9 @@ def train_with_diffusers(config: Config, source: Source) -> Params:
             if config.data.flip:
                 x0 = torch.where((torch.rand(size) < 0.5)[:, None, None, None], x0.flip(3), x0)
             eps, t = torch.randn_like(x0), torch.randint(config.diffusion.timesteps, (size,))
-            x_t = noising.add_noise(x0, eps, t).contiguous(memory_format=torch.channels_last)
-            loss = torch.nn.functional.mse_loss(network(x_t, t).sample, eps)
-            adam.zero_grad()
-            loss.backward()
-            if recipe.gradient_clip:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.gradient_clip)
-            adam.step()
-            warmup.step()
-            decay = config.train.ema_decays[0]
-            decay = min(decay, (1 + step) / (10 + step)) if config.train.ema_warmup else decay
-            with torch.no_grad():
-                for name, tensor in network.state_dict().items():
-                    average[name].lerp_(tensor, 1 - decay)
+            training.step(x0, t, eps)
             shown.update(1)
-    tensors = {name: tensor.contiguous().numpy() for name, tensor in average.items()}
-    return read_params(layout_of(settings), config, tensors, "diffusers")
-
-
-def initialise(network: Any) -> None:
-    """Initialise diffusers' network as the paper does.
-
-    Weights are uniform with the mean of both fans, which is Xavier's; those of the last layer of
-    every branch are almost 0, and biases are 0.
-    """
-    import torch
-
-    last = ("conv2.weight", "to_out.0.weight", "conv_out.weight")
-    for name, weight in network.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.zeros_(weight)
-        elif weight.ndim > 1:
-            torch.nn.init.xavier_uniform_(weight, gain=1e-5 if name.endswith(last) else 1.0)
+    return training.averaged()
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

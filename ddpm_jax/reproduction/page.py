@@ -310,7 +310,8 @@ two standard errors (the distances have none):
 
 `scripts/compare_with_diffusers.py` trains a config with this code and with diffusers' UNet2DModel
 and DDPMScheduler in a plain loop, and judges both by one evaluation on held-out images: the bound,
-and the mean squared error of eps at fixed timesteps. Errors are standard errors over seeds.
+and the mean squared error of eps at fixed timesteps. Errors are standard errors over seeds. Its
+`--lockstep` compares the two step by step (docs/weights.md).
 
 {comparison_section(root / "benchmarks" / "results")}
 ## Weights that ship

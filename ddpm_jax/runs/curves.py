@@ -29,8 +29,7 @@ def plot_curves(
     """
     if output.suffix != ".png":
         raise UserError(f"output={output}: must end in .png")
-    # A figure of its own, without pyplot's global state and its search for a screen.
-    figure = matplotlib.figure.Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = new_figure(6.4, 3.6)
     axes = figure.add_subplot(
         xlabel="step", ylabel=", ".join(names or ["loss"]), yscale="log" if log else "linear"
     )
@@ -48,6 +47,17 @@ def plot_curves(
             axes.plot(*zip(*points), marker=marker, label=f"{workdir.name}: {name}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    save_figure(figure, output)
+
+
+def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
+    """Return an empty figure, in inches."""
+    # Without pyplot, its global state and its search for a screen.
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: matplotlib.figure.Figure, output: Path) -> None:
+    """Write a figure to `output` as a PNG, whole or not at all."""
     with replacing(output) as file:
         figure.savefig(file, format="png", dpi=110)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_jax.benchmark.quality import initialise
+from ddpm_jax.benchmark.theirs import initialise
 from ddpm_jax.build import Params, denoiser, init_params
 from ddpm_jax.config import Config, load_config
 from ddpm_jax.weights.layout import read_params
