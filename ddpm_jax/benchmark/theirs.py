@@ -5,7 +5,7 @@ PyTorch and diffusers are the extra torch, and imported where they are used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -14,8 +14,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.weights.layout import read_params, write_tensors
 from ddpm_jax.weights.layouts.diffusers_config import layout_of, network_config, scheduler_config
 
-if TYPE_CHECKING:
-    import torch
+Tensor = Any  # of PyTorch, which is imported where it is used
 
 
 class DiffusersTraining:
@@ -48,7 +47,7 @@ class DiffusersTraining:
             name: tensor.detach().clone() for name, tensor in network.state_dict().items()
         }
 
-    def step(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> float:
+    def step(self, x0: Tensor, t: Tensor, eps: Tensor) -> float:
         """Take one step on images [b,c,h,w] in [-1, 1], timesteps [b] and noise; return the loss.
 
         The loss is that before the step.
@@ -85,7 +84,7 @@ class DiffusersTraining:
         return params_of(self._config, self._average)
 
 
-def params_of(config: Config, tensors: dict[str, torch.Tensor]) -> Params:
+def params_of(config: Config, tensors: dict[str, Tensor]) -> Params:
     """Return a copy of a state dict of diffusers' network, or of its gradients, by our names."""
     # The copy is made here: an array of NumPy's would change with the tensor that it came from.
     arrays = {
