@@ -20,8 +20,8 @@ from tests.support.tiny import images, tiny_config
 
 pytestmark = pytest.mark.interop
 STEPS = 12
-# Of the way from the start. It is 8e-6 with float32 on a CPU, and rounding in the sums over the
-# batch alone makes 1e-6; the least of the faults below makes 1e-3.
+# Of the way from the start. It is 8e-6 with float32 on a CPU, most of it from 1 - beta2^n of Optax
+# (docs/weights.md); the least of the faults below makes 1e-3.
 MOST = 5e-5
 
 
