@@ -1,5 +1,4 @@
-from ddpm_jax.cli import code_images
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(code_images.main)
+    run_named("code_images")

@@ -1,5 +1,4 @@
-from ddpm_jax.cli import compare_with_diffusers
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(compare_with_diffusers.main)
+    run_named("compare_with_diffusers")

@@ -1,5 +1,4 @@
-from ddpm_jax.cli import compile_for_tpu
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(compile_for_tpu.main)
+    run_named("compile_for_tpu")

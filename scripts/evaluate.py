@@ -1,5 +1,4 @@
-from ddpm_jax.cli import evaluate
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(evaluate.main)
+    run_named("evaluate")

@@ -1,5 +1,4 @@
-from ddpm_jax.cli import export_weights
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(export_weights.main)
+    run_named("export_weights")

@@ -1,5 +1,4 @@
-from ddpm_jax.cli import first_hour
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(first_hour.main)
+    run_named("first_hour")

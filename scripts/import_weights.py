@@ -1,5 +1,4 @@
-from ddpm_jax.cli import import_weights
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(import_weights.main)
+    run_named("import_weights")

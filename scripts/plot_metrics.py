@@ -1,5 +1,4 @@
-from ddpm_jax.cli import plot_metrics
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(plot_metrics.main)
+    run_named("plot_metrics")

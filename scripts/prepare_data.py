@@ -1,5 +1,4 @@
-from ddpm_jax.cli import prepare_data
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(prepare_data.main)
+    run_named("prepare_data")

@@ -1,5 +1,4 @@
-from ddpm_jax.cli import sample
-from ddpm_jax.cli.run import run
+from ddpm_jax.cli.run import run_named
 
 if __name__ == "__main__":
-    run(sample.main)
+    run_named("sample")

@@ -75,9 +75,12 @@ def test_pages_that_nobody_can_ask_for_are_not_asked_for(modes, linux, tmp_path)
 
 
 COMMAND = """
-import os, sys
-from ddpm_jax.cli.run import run
-run(lambda: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:]))
+import os, sys, types
+from ddpm_jax.cli.run import run_named
+command = types.ModuleType("ddpm_jax.cli.command")
+command.main = lambda: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+sys.modules[command.__name__] = command
+run_named("command")
 """
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -52,12 +51,11 @@ def main(program: str = "ddpm") -> None:
         say(f"error: {refusal(name)} ({program} --help lists the commands)")
         sys.exit(2)
     from ddpm_jax.cli import flags
-    from ddpm_jax.cli.run import run, start_anew
+    from ddpm_jax.cli.run import run_named
 
-    start_anew()  # before the command's module is imported, and JAX with it
     del sys.argv[1]  # a command reads its flags where a script has them
     flags.start_as(*program.split(), name)
-    run(importlib.import_module(f"ddpm_jax.cli.{module_name(name)}").main)
+    run_named(module_name(name))
 
 
 def refusal(name: str) -> str:

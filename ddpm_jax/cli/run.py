@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -20,9 +21,14 @@ from ddpm_jax.progress import Lenient
 _TOO_LARGE = "out of memory: this config is too large for the machine"
 
 
+def run_named(module: str) -> None:
+    """Run the command that a module of this folder holds, as `run` does."""
+    _start_anew()  # before the module is imported, and JAX with it
+    run(importlib.import_module(f"ddpm_jax.cli.{module}").main)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command, and end the process with the code of `outcome`."""
-    start_anew()
     tune_cpu()
     sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
     ended = []  # [True] once `main` has returned, on all hosts then
@@ -52,7 +58,7 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def start_anew() -> None:
+def _start_anew() -> None:
     """Start this process again, as itself, where its memory would then come in larger pages.
 
     It does so once, and not where help is asked for.
